@@ -1,0 +1,668 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(BANDCROP_LIBDEFLATE)
+#include <libdeflate.h>
+#elif defined(BANDCROP_ZLIB)
+#include <zlib.h>
+#endif
+#if defined(BANDCROP_ZSTD)
+#include <zstd.h>
+#endif
+
+namespace bandcrop {
+namespace {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bandcrop runs on little-endian machines");
+
+constexpr std::size_t largest_chunk = std::size_t{1} << 30;  // decompressed; more is refused
+
+// The most bytes that one byte of compressed data can become.
+std::uint64_t expansion(Compression how) {
+    switch (how) {
+        case Compression::packbits: return 64;
+        case Compression::lzw: return 2731;  // 12 bits for a string of 4096
+        case Compression::deflate: return 1032;
+        case Compression::zstd: return 32768;  // a block of 128 KiB in 4 bytes
+        case Compression::none: break;
+    }
+    return 1;
+}
+
+Status too_short(const char* codec, std::size_t got, std::size_t needed) {
+    return Status::failure(std::string(codec) + " data end after " + std::to_string(got) + " of " +
+                           std::to_string(needed) + " bytes");
+}
+
+Status unpack_packbits(const std::uint8_t* from, std::size_t from_bytes, std::uint8_t* to,
+                       std::size_t needed) {
+    const std::uint8_t* end = from + from_bytes;
+    std::size_t made = 0;
+    while (made < needed && from != end) {
+        const unsigned head = *from++;
+        if (head == 128) continue;
+        const std::size_t wanted = head < 128 ? head + 1 : 257 - head;
+        const std::size_t count = std::min(wanted, needed - made);
+        if (head < 128) {
+            const auto left = static_cast<std::size_t>(end - from);
+            if (left < count) return too_short("PackBits", made + left, needed);
+            std::memcpy(to + made, from, count);
+            from += std::min(wanted, left);
+        } else {
+            if (from == end) break;
+            std::memset(to + made, *from++, count);
+        }
+        made += count;
+    }
+    return made < needed ? too_short("PackBits", made, needed) : Status{};
+}
+
+// TIFF's LZW: codes of 9 to 12 bits, most significant bit first, widened one code early. Every
+// string of the table has been written before, as one that follows another: so the table keeps
+// where.
+Status unpack_lzw(const std::uint8_t* from, std::size_t from_bytes, std::uint8_t* to,
+                  std::size_t needed) {
+    constexpr unsigned clear = 256, finish = 257, table_size = 4096;
+    struct String {  // in `to`, which largest_chunk keeps below 4 GiB
+        std::uint32_t at, length;
+    };
+    String table[table_size];
+    if (from_bytes >= 2 && from[0] == 0 && (from[1] & 1) != 0)
+        return Status::failure("LZW data are of the old kind from before TIFF 6.0");
+
+    std::size_t read = 0, made = 0;
+    std::uint64_t bits = 0;
+    unsigned held = 0, width = 9, next = 258;
+    String last{0, 0};  // empty after a clear
+    while (made < needed) {
+        while (held < width && read < from_bytes) {
+            if (from_bytes - read >= 4 && held <= 32) {
+                std::uint32_t four;
+                std::memcpy(&four, from + read, 4);
+                bits = bits << 32 | __builtin_bswap32(four);
+                read += 4;
+                held += 32;
+            } else {
+                bits = bits << 8 | from[read++];
+                held += 8;
+            }
+        }
+        if (held < width) return too_short("LZW", made, needed);
+        held -= width;
+        const unsigned code = static_cast<unsigned>(bits >> held) & ((1u << width) - 1);
+        if (code == finish) return too_short("LZW", made, needed);
+        if (code == clear) {
+            width = 9;
+            next = 258;
+            last.length = 0;
+            continue;
+        }
+        String now{static_cast<std::uint32_t>(made), 1};
+        if (code < 256) {
+            to[made] = static_cast<std::uint8_t>(code);
+        } else {
+            // The string to come is the last one and the first byte of this one: those bytes stand
+            // in the output one after the other, also when this string is the one to come.
+            if (code > next || last.length == 0 || (code == next && next == table_size))
+                return Status::failure("LZW code " + std::to_string(code) + " is not in the table");
+            const String old = code < next ? table[code] : String{last.at, last.length + 1};
+            now.length =
+                static_cast<std::uint32_t>(std::min<std::size_t>(old.length, needed - made));
+            std::uint8_t* out = to + made;
+            const std::uint8_t* in = to + old.at;
+            if (made - old.at >= 16 && needed - made >= now.length + 16) {
+                for (std::size_t i = 0; i < now.length; i += 16) std::memcpy(out + i, in + i, 16);
+            } else {
+                for (std::size_t i = 0; i < now.length; ++i) out[i] = in[i];
+            }
+        }
+        made += now.length;
+        if (last.length != 0 && next < table_size) {
+            table[next++] = {last.at, last.length + 1};
+            if (next + 1 >= (1u << width) && width < 12) ++width;
+        }
+        last = now;
+    }
+    return {};
+}
+
+template <class T>
+T load(const std::uint8_t* from) {
+    T value;
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+}
+
+struct Nodata {
+    bool given = false;
+    double value = 0;
+};
+
+// n samples of type T, `stride` bytes apart, to floats. Returns how many were replaced.
+template <class T>
+[[gnu::always_inline]] inline std::int64_t convert(const std::uint8_t* from, std::size_t stride,
+                                                   std::size_t n, const Normalise& how,
+                                                   Nodata nodata, float* to) {
+    constexpr bool floating = std::is_floating_point_v<T>;
+    // A nodata value that the type cannot hold stands for no sample.
+    T none{};
+    bool given = nodata.given;
+    if constexpr (floating) {
+        // NaN equals no sample, and samples beyond the type's range are replaced anyway.
+        const bool holds = given && std::fabs(nodata.value) <= std::numeric_limits<T>::max();
+        none = holds ? static_cast<T>(nodata.value) : std::numeric_limits<T>::quiet_NaN();
+        given = true;
+    } else {
+        given = given && nodata.value >= static_cast<double>(std::numeric_limits<T>::min()) &&
+                nodata.value <= static_cast<double>(std::numeric_limits<T>::max()) &&
+                nodata.value == std::floor(nodata.value);
+        if (given) none = static_cast<T>(nodata.value);
+    }
+    const float mean = how.mean, std = how.std, factor = 1 / how.std;
+    const auto run = [&](auto step, auto divide) __attribute__((always_inline)) {
+        std::uint32_t bad = 0;
+        for (std::size_t i = 0; i < n; ++i) {
+            const T sample = load<T>(from + i * step);
+            const auto x = static_cast<float>(sample);
+            bool wrong = given & (sample == none);
+            if constexpr (floating) wrong |= !(std::fabs(x) <= FLT_MAX);
+            const float y = divide ? (x - mean) / std : (x - mean) * factor;
+            to[i] = wrong ? 0.0f : y;
+            bad += wrong;
+        }
+        return std::int64_t{bad};
+    };
+    const auto stepped = [&](auto divide) __attribute__((always_inline)) {
+        return stride == sizeof(T) ? run(std::integral_constant<std::size_t, sizeof(T)>{}, divide)
+                                   : run(stride, divide);
+    };
+    return how.divide ? stepped(std::true_type{}) : stepped(std::false_type{});
+}
+
+template <class T>
+std::int64_t convert_portable(const std::uint8_t* from, std::size_t stride, std::size_t n,
+                              const Normalise& how, Nodata nodata, float* to) {
+    return convert<T>(from, stride, n, how, nodata, to);
+}
+
+#if defined(__x86_64__)
+template <class T>
+[[gnu::target("avx2,fma")]] std::int64_t convert_wide(const std::uint8_t* from, std::size_t stride,
+                                                      std::size_t n, const Normalise& how,
+                                                      Nodata nodata, float* to) {
+    return convert<T>(from, stride, n, how, nodata, to);
+}
+#endif
+
+using Convert = std::int64_t (*)(const std::uint8_t*, std::size_t, std::size_t, const Normalise&,
+                                 Nodata, float*);
+
+template <class T>
+Convert converter() {
+#if defined(__x86_64__)
+    if (has_wide_vectors()) return convert_wide<T>;
+#endif
+    return convert_portable<T>;
+}
+
+Convert converter(const Layout& layout) {
+    const unsigned bytes = layout.sample_bytes;
+    switch (layout.kind) {
+        case Kind::floating: return bytes == 4 ? converter<float>() : converter<double>();
+        case Kind::signed_integer:
+            return bytes == 1   ? converter<std::int8_t>()
+                   : bytes == 2 ? converter<std::int16_t>()
+                                : converter<std::int32_t>();
+        case Kind::unsigned_integer: break;
+    }
+    return bytes == 1   ? converter<std::uint8_t>()
+           : bytes == 2 ? converter<std::uint16_t>()
+                        : converter<std::uint32_t>();
+}
+
+// The bits of a sample never written: nodata where the type can hold it, else 0.
+std::uint64_t absent_sample(const Layout& layout) {
+    const double value = layout.nodata.value_or(0);
+    const unsigned bytes = layout.sample_bytes;
+    std::uint64_t bits = 0;
+    if (layout.kind == Kind::floating && bytes == 8) {
+        std::memcpy(&bits, &value, 8);
+    } else if (layout.kind == Kind::floating) {
+        const auto narrow =
+            std::fabs(value) <= FLT_MAX || !std::isfinite(value) ? static_cast<float>(value) : 0.0f;
+        std::memcpy(&bits, &narrow, 4);
+    } else {
+        const double span = std::ldexp(1.0, static_cast<int>(8 * bytes));
+        const bool is_signed = layout.kind == Kind::signed_integer;
+        const double least = is_signed ? -span / 2 : 0, most = (is_signed ? span / 2 : span) - 1;
+        if (value >= least && value <= most)
+            bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
+    }
+    return bits;
+}
+
+// Calls `run` with an unsigned integer of that many bytes.
+template <class Run>
+void with_word(unsigned bytes, Run&& run) {
+    switch (bytes) {
+        case 1: run(std::uint8_t{}); break;
+        case 2: run(std::uint16_t{}); break;
+        case 4: run(std::uint32_t{}); break;
+        default: run(std::uint64_t{}); break;
+    }
+}
+
+template <class Word>
+void gather(const std::uint8_t* from, std::size_t stride, std::size_t n, std::uint8_t* to) {
+    if (stride == sizeof(Word)) {
+        std::memcpy(to, from, n * sizeof(Word));
+        return;
+    }
+    for (std::size_t i = 0; i < n; ++i)
+        std::memcpy(to + i * sizeof(Word), from + i * stride, sizeof(Word));
+}
+
+template <class Word>
+Word swapped(Word word) {
+    if constexpr (sizeof(Word) == 1) return word;
+    if constexpr (sizeof(Word) == 2) return __builtin_bswap16(word);
+    if constexpr (sizeof(Word) == 4) return __builtin_bswap32(word);
+    if constexpr (sizeof(Word) == 8) return __builtin_bswap64(word);
+}
+
+// Running sums of n bytes, modulo 256: sixteen at a time in four shifted additions.
+void accumulate_bytes(std::uint8_t* bytes, std::size_t n) {
+    typedef std::uint8_t Vector __attribute__((vector_size(16)));
+    const Vector zero{};
+    Vector carry{};
+    std::size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        Vector v;
+        std::memcpy(&v, bytes + i, 16);
+        v += pick<0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30>(zero, v);
+        v += pick<0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29>(zero, v);
+        v += pick<0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27>(zero, v);
+        v += pick<0, 0, 0, 0, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23>(zero, v);
+        v += carry;
+        carry = pick<15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15>(v, v);
+        std::memcpy(bytes + i, &v, 16);
+    }
+    for (std::uint8_t sum = carry[0]; i < n; ++i)
+        bytes[i] = sum = static_cast<std::uint8_t>(sum + bytes[i]);
+}
+
+}  // namespace
+
+struct Codec::State {
+#if defined(BANDCROP_LIBDEFLATE)
+    struct Free {
+        void operator()(libdeflate_decompressor* p) const { libdeflate_free_decompressor(p); }
+    };
+    std::unique_ptr<libdeflate_decompressor, Free> deflate;
+#endif
+#if defined(BANDCROP_ZSTD)
+    struct FreeZstd {
+        void operator()(ZSTD_DCtx* p) const { ZSTD_freeDCtx(p); }
+    };
+    std::unique_ptr<ZSTD_DCtx, FreeZstd> zstd;
+#endif
+};
+
+Codec::Codec() : state_(std::make_unique<State>()) {}
+Codec::Codec(Codec&&) noexcept = default;
+Codec::~Codec() = default;
+
+std::vector<Compression> Codec::available() {
+    std::vector<Compression> list = {Compression::none, Compression::packbits, Compression::lzw};
+#if defined(BANDCROP_LIBDEFLATE) || defined(BANDCROP_ZLIB)
+    list.push_back(Compression::deflate);
+#endif
+#if defined(BANDCROP_ZSTD)
+    list.push_back(Compression::zstd);
+#endif
+    return list;
+}
+
+Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t from_bytes,
+                         std::uint8_t* to, std::size_t needed, std::size_t room) {
+    switch (how) {
+        case Compression::none: break;
+        case Compression::packbits: return unpack_packbits(from, from_bytes, to, needed);
+        case Compression::lzw: return unpack_lzw(from, from_bytes, to, needed);
+        case Compression::deflate: {
+#if defined(BANDCROP_LIBDEFLATE)
+            if (!state_->deflate) state_->deflate.reset(libdeflate_alloc_decompressor());
+            if (!state_->deflate) throw std::bad_alloc();
+            std::size_t made = 0;
+            const libdeflate_result result = libdeflate_zlib_decompress(
+                state_->deflate.get(), from, from_bytes, to, room, &made);
+            if (result == LIBDEFLATE_INSUFFICIENT_SPACE)
+                return Status::failure("DEFLATE data hold more than the " + std::to_string(room) +
+                                       " bytes declared");
+            if (result != LIBDEFLATE_SUCCESS) return Status::failure("DEFLATE data are damaged");
+            return made < needed ? too_short("DEFLATE", made, needed) : Status{};
+#elif defined(BANDCROP_ZLIB)
+            (void)room;
+            z_stream stream{};
+            if (inflateInit(&stream) != Z_OK) throw std::bad_alloc();
+            stream.next_in = const_cast<std::uint8_t*>(from);
+            stream.next_out = to;
+            std::size_t in = from_bytes, out = needed;  // zlib counts in 32 bits
+            int result = Z_OK;
+            while (result == Z_OK && out > 0) {
+                stream.avail_in = static_cast<uInt>(std::min<std::size_t>(in, UINT32_MAX));
+                stream.avail_out = static_cast<uInt>(std::min<std::size_t>(out, UINT32_MAX));
+                const uInt in_before = stream.avail_in, out_before = stream.avail_out;
+                result = inflate(&stream, Z_NO_FLUSH);
+                in -= in_before - stream.avail_in;
+                out -= out_before - stream.avail_out;
+            }
+            inflateEnd(&stream);
+            if (out == 0) return {};
+            return result == Z_DATA_ERROR ? Status::failure("DEFLATE data are damaged")
+                                          : too_short("DEFLATE", needed - out, needed);
+#else
+            return Status::failure(
+                "is DEFLATE-compressed, which this build of bandcrop cannot read: "
+                "install libdeflate-dev, then build again");
+#endif
+        }
+        case Compression::zstd: {
+#if defined(BANDCROP_ZSTD)
+            if (!state_->zstd) state_->zstd.reset(ZSTD_createDCtx());
+            if (!state_->zstd) throw std::bad_alloc();
+            const std::size_t made =
+                ZSTD_decompressDCtx(state_->zstd.get(), to, room, from, from_bytes);
+            if (ZSTD_isError(made))
+                return Status::failure(std::string("ZSTD data are damaged: ") +
+                                       ZSTD_getErrorName(made));
+            return made < needed ? too_short("ZSTD", made, needed) : Status{};
+#else
+            return Status::failure(
+                "is ZSTD-compressed, which this build of bandcrop cannot read: "
+                "install libzstd-dev, then build again");
+#endif
+        }
+    }
+    (void)room;
+    return Status::failure("is not compressed");
+}
+
+// Where the needed part of one chunk lies, checked against the file.
+Status Region::place(const Source& source, std::uint64_t down, std::uint64_t offset,
+                     std::uint64_t length, Chunk& chunk) const {
+    const std::uint64_t chunk_top = down * layout_.chunk_height, row_bytes = layout_.row_bytes();
+    const std::uint64_t skip = std::max<std::uint64_t>(area_.top, chunk_top) - chunk_top;
+    const std::uint64_t rows =
+        std::min<std::uint64_t>(area_.bottom - chunk_top, layout_.chunk_height);
+    chunk = {};
+    if (length == 0) return {};  // never written
+    const auto bad = [&](const TagArray& array, const std::string& what) {
+        return Status::failure("tag " + std::to_string(array.tag) +
+                               (array.tag < 300 ? " (strip" : " (tile") + " at byte " +
+                               std::to_string(offset) + ") " + what);
+    };
+    if (offset < 8) return bad(layout_.offsets, "overlaps the file's header");
+    if (offset > source.size() || length > source.size() - offset) {
+        // An uncompressed last strip may claim rows past the image; only what is needed must be
+        // there.
+        if (layout_.compression != Compression::none || offset > source.size() ||
+            rows * row_bytes > source.size() - offset)
+            return bad(layout_.offsets, "reaches past the end of the file, byte " +
+                                            std::to_string(source.size()) + ": it is truncated");
+    }
+    if (layout_.compression == Compression::none) {
+        if (length < rows * row_bytes)
+            return bad(layout_.counts, "holds " + std::to_string(length) +
+                                           " bytes, its rows need " +
+                                           std::to_string(rows * row_bytes));
+        chunk.offset = offset + skip * row_bytes;
+        chunk.length = (rows - skip) * row_bytes;
+        return {};
+    }
+    chunk.offset = offset;
+    chunk.length = length;
+    // Some writers fill the last strip up to its full height: room for that, within reason.
+    const std::uint64_t most =
+        std::min<std::uint64_t>(largest_chunk, length * expansion(layout_.compression) + 64);
+    if (rows * row_bytes > most)
+        return bad(layout_.counts, "declares " + std::to_string(rows * row_bytes) + " bytes from " +
+                                       std::to_string(length) + " compressed ones");
+    chunk.needed = static_cast<std::size_t>(rows * row_bytes);
+    chunk.room = static_cast<std::size_t>(std::min(most, layout_.chunk_bytes()));
+    return {};
+}
+
+Status Region::plan_chunks(Source& source, Header& header) {
+    first_down_ = area_.top / layout_.chunk_height;
+    first_across_ = area_.left / layout_.chunk_width;
+    down_ = (area_.bottom - 1) / layout_.chunk_height - first_down_ + 1;
+    across_ = (area_.right - 1) / layout_.chunk_width - first_across_ + 1;
+    chunks_.clear();
+    ranges_.clear();
+    std::uint64_t raw_bytes = 0, pixels_bytes = 0;
+    // Entries of neighbouring chunks are fetched together: of strips all, of tiles a row of them.
+    const bool whole_rows = across_ == layout_.chunks_across;
+    const std::uint64_t runs = whole_rows ? 1 : down_, run = across_ * (whole_rows ? down_ : 1);
+    numbers_.resize(static_cast<std::size_t>(2 * run));
+    std::uint64_t* const offsets = numbers_.data();
+    std::uint64_t* const lengths = offsets + run;
+    for (const std::int64_t plane : loaded_) {
+        std::uint64_t most_pixels = 0;
+        for (std::uint64_t r = 0; r < runs; ++r) {
+            const std::uint64_t first =
+                (static_cast<std::uint64_t>(plane) * layout_.chunks_down + first_down_ + r) *
+                    layout_.chunks_across +
+                first_across_;
+            if (Status status =
+                    entries(source, header, layout_, layout_.offsets, first, run, offsets);
+                !status.ok())
+                return status;
+            if (Status status =
+                    entries(source, header, layout_, layout_.counts, first, run, lengths);
+                !status.ok())
+                return status;
+            std::uint64_t row_pixels = 0;
+            for (std::uint64_t i = 0; i < run; ++i) {
+                Chunk chunk;
+                const std::uint64_t down = first_down_ + (whole_rows ? i / across_ : r);
+                if (Status status = place(source, down, offsets[i], lengths[i], chunk);
+                    !status.ok())
+                    return status;
+                chunk.at = static_cast<std::size_t>(raw_bytes);
+                raw_bytes += chunk.length;
+                if (raw_bytes > source.size())
+                    return Status::failure("tag " + std::to_string(layout_.offsets.tag) +
+                                           ": its strips or tiles overlap, together they hold more "
+                                           "than the file");
+                if (i % across_ == 0) row_pixels = 0;
+                chunk.pixels_at = static_cast<std::size_t>(pixels_bytes + row_pixels);
+                row_pixels += chunk.room;
+                most_pixels = std::max(most_pixels, row_pixels);
+                chunks_.push_back(chunk);
+                if (chunk.length == 0) continue;
+                if (!ranges_.empty() &&
+                    ranges_.back().offset + ranges_.back().length == chunk.offset)
+                    ranges_.back().length += chunk.length;
+                else
+                    ranges_.push_back({chunk.offset, chunk.length});
+            }
+        }
+        pixels_bytes += most_pixels;
+    }
+    raw_.reserve(static_cast<std::size_t>(raw_bytes));
+    pixels_.reserve(static_cast<std::size_t>(pixels_bytes));
+    return {};
+}
+
+Status Region::plan(Source& source, Header& header, const Layout& layout, const Rectangle& area,
+                    const std::int64_t* bands, std::size_t count) {
+    layout_ = layout;
+    area_ = area;
+    planes_.clear();
+    place_.clear();
+    loaded_.clear();
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::int64_t plane = layout.separate ? bands[i] : 0;
+        const auto known = std::find(loaded_.begin(), loaded_.end(), plane);
+        planes_.push_back(static_cast<std::size_t>(known - loaded_.begin()));
+        place_.push_back(layout.separate ? 0 : static_cast<std::uint32_t>(bands[i]));
+        if (known == loaded_.end()) loaded_.push_back(plane);
+    }
+    decoded_.assign(loaded_.size(), UINT64_MAX);
+    return plan_chunks(source, header);
+}
+
+Status Region::read(Source& source) {
+    std::uint8_t* to = raw_.data();
+    for (const Range& range : ranges_) {
+        if (Status status = source.read(range.offset, to, static_cast<std::size_t>(range.length));
+            !status.ok())
+            return status;
+        to += range.length;
+    }
+    return {};
+}
+
+Status Region::decompress(std::size_t plane, std::uint64_t down) {
+    if (layout_.compression == Compression::none || decoded_[plane] == down) return {};
+    for (std::uint64_t i = 0; i < across_; ++i) {
+        const Chunk& chunk = chunks_[(plane * down_ + down - first_down_) * across_ + i];
+        if (chunk.length == 0) continue;
+        if (Status status = codec_.decompress(
+                layout_.compression, raw_.data() + chunk.at, static_cast<std::size_t>(chunk.length),
+                pixels_.data() + chunk.pixels_at, chunk.needed, chunk.room);
+            !status.ok())
+            return Status::failure(std::string(layout_.tiled ? "tile" : "strip") + " at byte " +
+                                   std::to_string(chunk.offset) + ": " + status.message);
+    }
+    decoded_[plane] = down;
+    return {};
+}
+
+Region::Segment Region::segment(std::size_t plane, std::uint64_t down, std::uint64_t across,
+                                std::uint32_t y) {
+    const Chunk& chunk = chunks_[(plane * down_ + down - first_down_) * across_ + across];
+    const std::uint64_t left = (first_across_ + across) * layout_.chunk_width;
+    const std::uint64_t from = std::max<std::uint64_t>(area_.left, left) - left;
+    const std::uint64_t to = std::min<std::uint64_t>(area_.right - left, layout_.chunk_width);
+    const std::uint64_t top = down * layout_.chunk_height;
+    const std::uint8_t* row = nullptr;
+    if (chunk.length != 0)
+        row = layout_.compression == Compression::none
+                  ? raw_.data() + chunk.at +
+                        (y - std::max<std::uint64_t>(area_.top, top)) * layout_.row_bytes()
+                  : pixels_.data() + chunk.pixels_at + (y - top) * layout_.row_bytes();
+    return {row, static_cast<std::uint32_t>(from), static_cast<std::uint32_t>(to - from)};
+}
+
+bool Region::direct() const {
+    return layout_.predictor == 1 && (!layout_.big_endian || layout_.sample_bytes == 1);
+}
+
+// The samples of one segment side by side, with predictor and byte order undone.
+const std::uint8_t* Region::line(std::size_t slot, const Segment& part) {
+    const unsigned size = layout_.sample_bytes, pixel = layout_.pixel_samples();
+    const std::uint32_t place = place_[slot];
+    const std::size_t count = part.count;
+    if (layout_.predictor == 3) {
+        // Bytes of the row's samples, most significant ones first, as differences to the byte one
+        // pixel before: every `pixel`-th byte belongs to this band.
+        const std::size_t width = layout_.chunk_width;
+        std::uint8_t* bytes = bytes_.reserve(width * size);
+        gather<std::uint8_t>(part.row + place, pixel, width * size, bytes);
+        accumulate_bytes(bytes, width * size);
+        std::uint8_t* to = line_.reserve(count * size);
+        const auto join = [&](auto word) {
+            for (std::size_t i = 0; i < count; ++i) {
+                word = 0;
+                for (std::size_t b = 0; b < sizeof(word); ++b)
+                    word = word << 8 | bytes[b * width + part.first + i];
+                std::memcpy(to + i * sizeof(word), &word, sizeof(word));
+            }
+        };
+        if (size == 4)
+            join(std::uint32_t{});
+        else
+            join(std::uint64_t{});
+        return to;
+    }
+    // Differences add up from the chunk's first column.
+    const std::uint32_t first = layout_.predictor == 2 ? 0 : part.first;
+    const std::size_t lead = part.first - first, n = lead + count;
+    std::uint8_t* to = line_.reserve(n * size);
+    with_word(size, [&](auto word) {
+        using Word = decltype(word);
+        gather<Word>(part.row + (std::size_t{first} * pixel + place) * size,
+                     std::size_t{pixel} * size, n, to);
+        if (layout_.big_endian)
+            for (std::size_t i = 0; i < n; ++i) {
+                const Word value = swapped(load<Word>(to + i * sizeof(Word)));
+                std::memcpy(to + i * sizeof(Word), &value, sizeof(Word));
+            }
+        if (layout_.predictor == 2) {
+            Word sum = 0;
+            for (std::size_t i = 0; i < n; ++i) {
+                sum = static_cast<Word>(sum + load<Word>(to + i * sizeof(Word)));
+                std::memcpy(to + i * sizeof(Word), &sum, sizeof(Word));
+            }
+        }
+    });
+    return to + lead * size;
+}
+
+template <class Take>
+Status Region::each_segment(std::size_t slot, std::uint32_t y, Take&& take) {
+    const std::uint64_t down = y / layout_.chunk_height;
+    const unsigned size = layout_.sample_bytes, pixel = layout_.pixel_samples();
+    if (Status status = decompress(planes_[slot], down); !status.ok()) return status;
+    for (std::uint64_t i = 0; i < across_; ++i) {
+        const Segment part = segment(planes_[slot], down, i, y);
+        if (part.row == nullptr)
+            take(nullptr, std::size_t{0}, part.count);
+        else if (direct())
+            take(part.row + (std::size_t{part.first} * pixel + place_[slot]) * size,
+                 std::size_t{pixel} * size, part.count);
+        else
+            take(line(slot, part), std::size_t{size}, part.count);
+    }
+    return {};
+}
+
+Status Region::floats(std::size_t slot, std::uint32_t y, const Normalise& how, float* to,
+                      std::int64_t& replaced) {
+    const Convert run = converter(layout_);
+    const Nodata nodata{layout_.nodata.has_value(), layout_.nodata.value_or(0)};
+    return each_segment(slot, y, [&](const std::uint8_t* from, std::size_t stride, std::size_t n) {
+        if (from != nullptr) {
+            replaced += run(from, stride, n, how, nodata, to);
+        } else {
+            // A chunk never written is nodata or, without such a value, 0.
+            std::fill_n(to, n, nodata.given ? 0.0f : (0.0f - how.mean) / how.std);
+            if (nodata.given) replaced += static_cast<std::int64_t>(n);
+        }
+        to += n;
+    });
+}
+
+Status Region::samples(std::size_t slot, std::uint32_t y, std::uint8_t* to) {
+    return each_segment(slot, y, [&](const std::uint8_t* from, std::size_t stride, std::size_t n) {
+        const unsigned size = layout_.sample_bytes;
+        std::uint64_t none = 0;
+        if (from == nullptr) {
+            none = absent_sample(layout_);
+            from = reinterpret_cast<const std::uint8_t*>(&none);
+            stride = 0;
+        }
+        with_word(size, [&](auto word) { gather<decltype(word)>(from, stride, n, to); });
+        to += n * size;
+    });
+}
+
+}  // namespace bandcrop

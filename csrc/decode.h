@@ -1,0 +1,134 @@
+// decode: bytes of strips and tiles -> samples of one band's rows.
+//
+// Promises
+// - Touches only the strips and tiles that a region needs; of uncompressed ones only the rows.
+//   Neighbouring byte ranges are read in one call.
+// - Bounds every allocation before it is made: uncompressed bytes by the file's length, a
+//   decompressed strip or tile by its declared size, which itself must be within what its codec can
+//   make of its bytes. Strips that overlap to claim more than the file holds are refused.
+// - Never reads or writes outside a buffer, whatever the bytes are; a strip that decodes to fewer
+//   bytes than declared is an error, never stale pixels.
+// - Throws nothing but std::bad_alloc; no global state. A Region belongs to one thread and keeps
+// its
+//   memory from file to file.
+//
+// Does not: resample, know Python or threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tiff.h"
+
+namespace bandcrop {
+
+// How samples become floats: (x - mean) / std. Samples that are not finite or equal nodata become
+// the mean, 0 after normalisation. `divide` rounds once, as float32 arithmetic would; without it x
+// is multiplied by 1 / std, which differs in the last bit and is several times as fast.
+struct Normalise {
+    float mean = 0, std = 1;
+    bool divide = false;
+};
+
+struct Rectangle {
+    std::uint32_t top, bottom, left, right;  // rows top .. bottom - 1, columns left .. right - 1
+};
+
+// Decompressors and their state; made when first needed.
+class Codec {
+  public:
+    Codec();
+    Codec(Codec&&) noexcept;
+    ~Codec();
+    // Fills `to` from `from`. Decoding stops at `needed` bytes or goes on to `room`, as suits the
+    // codec; fewer than `needed` is a failure.
+    Status decompress(Compression how, const std::uint8_t* from, std::size_t from_bytes,
+                      std::uint8_t* to, std::size_t needed, std::size_t room);
+    static std::vector<Compression> available();
+
+  private:
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+// The pixels of a rectangle of some bands of one image, row by row.
+class Region {
+  public:
+    // Finds what `area` (within the image) of `count` bands (each below layout.bands) is made of.
+    Status plan(Source& source, Header& header, const Layout& layout, const Rectangle& area,
+                const std::int64_t* bands, std::size_t count);
+    // The byte ranges of the file that it is made of; neighbours are one.
+    struct Range {
+        std::uint64_t offset, length;
+    };
+    const std::vector<Range>& ranges() const { return ranges_; }
+    // Reads them.
+    Status read(Source& source);
+
+    // Row `y` of the slot-th band of plan(), left .. right - 1, as floats. Adds to `replaced`. Rows
+    // are decoded as they come: ask for all slots of a row before the next row.
+    Status floats(std::size_t slot, std::uint32_t y, const Normalise& how, float* to,
+                  std::int64_t& replaced);
+    // The same row as it is, in the machine's byte order.
+    Status samples(std::size_t slot, std::uint32_t y, std::uint8_t* to);
+
+  private:
+    struct Chunk {                     // the part of a strip or tile that is needed
+        std::uint64_t offset, length;  // in the file; both 0 for a chunk never written
+        std::size_t at;                // of its first byte in raw_
+        std::size_t needed, room;      // decompressed bytes to the last row needed, to the end
+        std::size_t pixels_at;         // of its first decompressed byte in pixels_
+    };
+    // A row's samples within one chunk.
+    struct Segment {
+        const std::uint8_t* row;  // of the chunk; null if the chunk was never written
+        std::uint32_t first, count;
+    };
+    Status plan_chunks(Source& source, Header& header);
+    Status place(const Source& source, std::uint64_t down, std::uint64_t offset,
+                 std::uint64_t length, Chunk& chunk) const;
+    Status decompress(std::size_t plane, std::uint64_t down);
+    Segment segment(std::size_t plane, std::uint64_t down, std::uint64_t across, std::uint32_t y);
+    bool direct() const;  // samples can be taken from a row as they are
+    const std::uint8_t* line(std::size_t slot, const Segment& part);
+    template <class Take>
+    Status each_segment(std::size_t slot, std::uint32_t y, Take&& take);
+
+    Layout layout_;
+    Rectangle area_{};
+    std::vector<std::size_t> planes_;   // of each slot, among the planes loaded
+    std::vector<std::uint32_t> place_;  // of each slot, within a pixel
+    std::vector<std::int64_t> loaded_;  // the plane in the file of each plane loaded
+    std::uint64_t first_across_ = 0, across_ = 0, first_down_ = 0, down_ = 0;
+    std::vector<Chunk> chunks_;  // [plane][down][across]
+    std::vector<Range> ranges_;
+    std::vector<std::uint64_t> decoded_;  // the row of chunks in pixels_, for each plane
+    std::vector<std::uint64_t> numbers_;
+    Buffer<std::uint8_t> raw_, pixels_, line_, bytes_;
+    Codec codec_;
+};
+
+// A vector of the lanes `Lane...` of a and b taken as one: what both compilers' builtins do.
+template <int... Lane, class Vector>
+[[gnu::always_inline]] inline Vector pick(Vector a, Vector b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Lane...);
+#else
+    typedef decltype(a == b) Mask;
+    return __builtin_shuffle(a, b, Mask{Lane...});
+#endif
+}
+
+// Whether this processor runs the kernels compiled for AVX2 and FMA beside the portable ones.
+inline bool has_wide_vectors() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
+}  // namespace bandcrop

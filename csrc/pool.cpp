@@ -1,0 +1,249 @@
+#include "pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+namespace bandcrop {
+
+Batch::Batch(Request what)
+    : request(std::move(what)), replaced(request.samples), errors(request.samples) {}
+
+Status Worker::fill(Batch& batch, std::size_t index, int& attempt, std::uint64_t& bytes_read) {
+    const Request& request = batch.request;
+    std::int64_t& replaced = batch.replaced[index];
+    replaced = 0;
+    const std::size_t images = request.file_per_band ? request.channels : 1;
+    const std::size_t each = request.channels / images;
+    const int this_attempt = attempt;
+    Status outcome;
+    for (std::size_t i = 0; i < images; ++i) {
+        const std::string& path = request.paths[index * images + i];
+        int next = this_attempt;
+        Status status = image(request, path, index, i * each, each, next, replaced, bytes_read);
+        if (status.code == Status::failed) {
+            status.message = path + ": " + status.message;
+            return status;
+        }
+        // Of a sample of several files, ask for all that are not there before giving up.
+        if (!status.ok()) {
+            attempt = outcome.ok() ? next : std::min(attempt, next);
+            outcome = status;
+        }
+    }
+    return outcome;
+}
+
+Status Worker::image(const Request& request, const std::string& path, std::size_t index,
+                     std::size_t first_channel, std::size_t channels, int& attempt,
+                     std::int64_t& replaced, std::uint64_t& bytes_read) {
+    File file;
+    if (Status status = file.open(path.c_str()); !status.ok()) return status;
+    const std::size_t first = index * request.channels + first_channel;
+    const std::int64_t* bands = request.bands.data() + first;
+
+    file.cached_only = attempt == 0;
+    Status status = parse(file, header_, false, layout_);
+    if (status.ok()) {
+        for (std::size_t c = 0; c < channels; ++c)
+            if (bands[c] >= layout_.bands)
+                return Status::failure("tag 277 (SamplesPerPixel) is " +
+                                       std::to_string(layout_.bands) + ", but band " +
+                                       std::to_string(bands[c]) + " was asked for (0-based)");
+        double window[4] = {0, 0, 1, 1};
+        if (!request.windows.empty()) std::copy_n(request.windows.data() + index * 4, 4, window);
+        const unsigned orient = request.orient.empty() ? 0 : request.orient[index];
+        const bool transposes = (orient & 4) != 0;
+        const auto rows = static_cast<std::uint32_t>(transposes ? request.width : request.height);
+        const auto columns =
+            static_cast<std::uint32_t>(transposes ? request.height : request.width);
+        down_.set(window[0] * layout_.height, (window[0] + window[2]) * layout_.height,
+                  layout_.height, rows);
+        across_.set(window[1] * layout_.width, (window[1] + window[3]) * layout_.width,
+                    layout_.width, columns);
+        status = region_.plan(file, header_, layout_,
+                              {down_.low, down_.high, across_.low, across_.high}, bands, channels);
+    }
+    if (status.code == Status::not_cached) {
+        file.will_need(0, 4096);
+        attempt = 1;
+    }
+    if (!status.ok()) return status;
+    file.cached_only = attempt < 2;
+    status = region_.read(file);
+    if (status.code == Status::not_cached) {
+        for (const Region::Range& range : region_.ranges())
+            file.will_need(range.offset, range.length);
+        attempt = 2;
+    }
+    if (!status.ok()) return status;
+    for (const Region::Range& range : region_.ranges()) bytes_read += range.length;
+
+    if (resamplers_.size() < channels) {
+        resamplers_.resize(channels);
+        normalise_.resize(channels);
+    }
+    const std::size_t plane = request.height * request.width;
+    for (std::size_t c = 0; c < channels; ++c) {
+        const std::size_t at =
+            request.statistics_by_band ? static_cast<std::size_t>(bands[c]) : first + c;
+        normalise_[c] = {};
+        if (!request.mean.empty()) normalise_[c].mean = request.mean[at];
+        if (!request.std.empty()) normalise_[c].std = request.std[at];
+        normalise_[c].divide = !request.std.empty() && down_.copies && across_.copies;
+        resamplers_[c].begin(down_, across_, request.orient.empty() ? 0 : request.orient[index],
+                             request.out + (first + c) * plane);
+    }
+    for (std::uint32_t y = down_.low; y < down_.high; ++y)
+        for (std::size_t c = 0; c < channels; ++c) {
+            status = region_.floats(c, y, normalise_[c], resamplers_[c].row(), replaced);
+            if (!status.ok()) return status;
+            resamplers_[c].push();
+        }
+    for (std::size_t c = 0; c < channels; ++c) resamplers_[c].finish();
+    return {};
+}
+
+Pool::~Pool() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stopping_ = true;
+    }
+    work_to_do_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+}
+
+bool Pool::finished(const Batch& batch) {
+    return batch.running_ == 0 && (batch.cancelled_ || batch.done_ == batch.request.samples);
+}
+
+bool Pool::claim(Batch& batch, std::size_t& index, int& attempt) {
+    if (batch.cancelled_) return false;
+    if (batch.next_ < batch.request.samples) {
+        index = batch.next_++;
+        attempt = 0;
+    } else if (!batch.again_.empty()) {
+        index = batch.again_.front().index;
+        attempt = batch.again_.front().attempt;
+        batch.again_.pop_front();
+    } else {
+        return false;
+    }
+    ++batch.running_;
+    return true;
+}
+
+// Runs one job with the lock released.
+void Pool::run(Worker& worker, Batch& batch, std::size_t index, int attempt,
+               std::unique_lock<std::mutex>& lock) {
+    // After a failure only samples before it matter: one of them may fail too.
+    const bool matters = !(batch.request.stop_at_failure && index > batch.first_failed_);
+    Status status;
+    std::uint64_t bytes_read = 0;
+    if (matters) {
+        lock.unlock();
+        try {
+            status = worker.fill(batch, index, attempt, bytes_read);
+        } catch (const std::bad_alloc&) {
+            status = Status::failure(
+                batch.request.paths[index * batch.request.paths.size() / batch.request.samples] +
+                ": too little memory to read it");
+        }
+        if (status.code == Status::failed) {
+            const std::size_t size =
+                batch.request.channels * batch.request.height * batch.request.width;
+            std::fill_n(batch.request.out + index * size, size, 0.0f);
+            batch.replaced[index] = 0;
+        }
+        lock.lock();
+    }
+    --batch.running_;
+    batch.bytes_read += bytes_read;
+    if (status.code == Status::not_cached) {
+        batch.again_.push_back({index, attempt});
+        work_to_do_.notify_one();
+    } else {
+        ++batch.done_;
+        if (!status.ok()) {
+            batch.errors[index] = std::move(status.message);
+            batch.first_failed_ = std::min(batch.first_failed_, index);
+        }
+    }
+    if (finished(batch)) progress_.notify_all();
+}
+
+void Pool::serve() {
+    Worker worker;
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!stopping_) {
+        std::shared_ptr<Batch> batch;
+        std::size_t index = 0;
+        int attempt = 0;
+        for (const auto& candidate : queue_)
+            if (claim(*candidate, index, attempt)) {
+                batch = candidate;
+                break;
+            }
+        if (!batch) {
+            work_to_do_.wait(lock);
+            continue;
+        }
+        run(worker, *batch, index, attempt, lock);
+        if (finished(*batch))
+            queue_.erase(std::remove(queue_.begin(), queue_.end(), batch), queue_.end());
+    }
+}
+
+void Pool::submit(std::shared_ptr<Batch> batch) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (batch->request.samples > 0) queue_.push_back(std::move(batch));
+        while (threads_.size() < threads_wanted_) threads_.emplace_back([this] { serve(); });
+    }
+    work_to_do_.notify_all();
+}
+
+bool Pool::work(Batch& batch, std::chrono::milliseconds how_long) {
+    const auto end = std::chrono::steady_clock::now() + how_long;
+    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_ptr<Worker> worker;
+    if (!idle_.empty()) {
+        worker = std::move(idle_.back());
+        idle_.pop_back();
+    } else {
+        worker = std::make_unique<Worker>();
+    }
+    std::size_t index = 0;
+    int attempt = 0;
+    while (std::chrono::steady_clock::now() < end && claim(batch, index, attempt))
+        run(*worker, batch, index, attempt, lock);
+    idle_.push_back(std::move(worker));
+    return finished(batch);
+}
+
+bool Pool::wait(const Batch& batch, std::chrono::milliseconds how_long) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return progress_.wait_for(lock, how_long, [&] { return finished(batch); });
+}
+
+void Pool::cancel(Batch& batch) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    batch.cancelled_ = true;
+    progress_.wait(lock, [&] { return batch.running_ == 0; });
+    queue_.erase(std::remove_if(queue_.begin(), queue_.end(),
+                                [&](const auto& queued) { return queued.get() == &batch; }),
+                 queue_.end());
+}
+
+unsigned usable_processors() {
+    cpu_set_t set;
+    if (::sched_getaffinity(0, sizeof set, &set) == 0) {
+        const int count = CPU_COUNT(&set);
+        if (count > 0) return static_cast<unsigned>(count);
+    }
+    return std::max(1u, std::thread::hardware_concurrency());
+}
+
+}  // namespace bandcrop
