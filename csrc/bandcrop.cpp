@@ -117,10 +117,11 @@ py::array read_samples(const py::object& path, const py::object& bands, const py
     {
         py::gil_scoped_release release;
         const std::size_t row = width * layout.sample_bytes;
-        for (std::size_t y = 0; y < height && status.ok(); ++y)
+        for (std::uint32_t y = area.top, rows = 0; y < area.bottom && status.ok(); y += rows) {
+            rows = region.rows_at_hand(y);
             for (std::size_t b = 0; b < wanted.size() && status.ok(); ++b)
-                status = region.samples(b, area.top + static_cast<std::uint32_t>(y),
-                                        to + (b * height + y) * row);
+                status = region.samples(b, y, rows, to + (b * height + y - area.top) * row, row);
+        }
     }
     check(status);
     return out;

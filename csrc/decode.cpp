@@ -144,11 +144,36 @@ struct Nodata {
     double value = 0;
 };
 
-// n samples of type T, `stride` bytes apart, to floats. Returns how many were replaced.
+// The loop that all pixels pass through; every argument but the pointers is the same for a row, so
+// that it vectorises. `scale` divides or multiplies.
+template <class T, bool divides>
+[[gnu::always_inline]] inline std::int64_t normalise(const std::uint8_t* __restrict from,
+                                                     std::size_t stride, std::size_t n, float mean,
+                                                     float scale, bool given, T none,
+                                                     float* __restrict to) {
+    std::uint32_t bad = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const T sample = load<T>(from + i * stride);
+        const auto x = static_cast<float>(sample);
+        bool wrong = given & (sample == none);
+        if constexpr (std::is_floating_point_v<T>) wrong |= !(std::fabs(x) <= FLT_MAX);
+        const float y = divides ? (x - mean) / scale : (x - mean) * scale;
+        to[i] = wrong ? 0.0f : y;
+        bad += wrong;
+    }
+    return bad;
+}
+
+// Samples within a chunk: n in a row, `stride` bytes apart; rows `row_step` bytes apart.
+struct Run {
+    const std::uint8_t* from;
+    std::size_t stride, n, row_step, rows;
+};
+
+// A run of samples of type T to floats, rows `step` floats apart. Returns how many were replaced.
 template <class T>
-[[gnu::always_inline]] inline std::int64_t convert(const std::uint8_t* from, std::size_t stride,
-                                                   std::size_t n, const Normalise& how,
-                                                   Nodata nodata, float* to) {
+[[gnu::always_inline]] inline std::int64_t convert(const Run& run, const Normalise& how,
+                                                   Nodata nodata, float* to, std::ptrdiff_t step) {
     constexpr bool floating = std::is_floating_point_v<T>;
     // A nodata value that the type cannot hold stands for no sample.
     T none{};
@@ -164,44 +189,41 @@ template <class T>
                 nodata.value == std::floor(nodata.value);
         if (given) none = static_cast<T>(nodata.value);
     }
-    const float mean = how.mean, std = how.std, factor = 1 / how.std;
-    const auto run = [&](auto step, auto divide) __attribute__((always_inline)) {
-        std::uint32_t bad = 0;
-        for (std::size_t i = 0; i < n; ++i) {
-            const T sample = load<T>(from + i * step);
-            const auto x = static_cast<float>(sample);
-            bool wrong = given & (sample == none);
-            if constexpr (floating) wrong |= !(std::fabs(x) <= FLT_MAX);
-            const float y = divide ? (x - mean) / std : (x - mean) * factor;
-            to[i] = wrong ? 0.0f : y;
-            bad += wrong;
-        }
-        return std::int64_t{bad};
-    };
-    const auto stepped = [&](auto divide) __attribute__((always_inline)) {
-        return stride == sizeof(T) ? run(std::integral_constant<std::size_t, sizeof(T)>{}, divide)
-                                   : run(stride, divide);
-    };
-    return how.divide ? stepped(std::true_type{}) : stepped(std::false_type{});
+    const float scale = how.divide ? how.std : 1 / how.std;
+    const bool close = run.stride == sizeof(T);
+    std::int64_t bad = 0;
+    for (std::size_t row = 0; row < run.rows; ++row, to += step) {
+        const std::uint8_t* from = run.from + row * run.row_step;
+        if (how.divide)
+            bad +=
+                close
+                    ? normalise<T, true>(from, sizeof(T), run.n, how.mean, scale, given, none, to)
+                    : normalise<T, true>(from, run.stride, run.n, how.mean, scale, given, none, to);
+        else
+            bad += close ? normalise<T, false>(from, sizeof(T), run.n, how.mean, scale, given, none,
+                                               to)
+                         : normalise<T, false>(from, run.stride, run.n, how.mean, scale, given,
+                                               none, to);
+    }
+    return bad;
 }
 
 template <class T>
-std::int64_t convert_portable(const std::uint8_t* from, std::size_t stride, std::size_t n,
-                              const Normalise& how, Nodata nodata, float* to) {
-    return convert<T>(from, stride, n, how, nodata, to);
+std::int64_t convert_portable(const Run& run, const Normalise& how, Nodata nodata, float* to,
+                              std::ptrdiff_t step) {
+    return convert<T>(run, how, nodata, to, step);
 }
 
 #if defined(__x86_64__)
 template <class T>
-[[gnu::target("avx2,fma")]] std::int64_t convert_wide(const std::uint8_t* from, std::size_t stride,
-                                                      std::size_t n, const Normalise& how,
-                                                      Nodata nodata, float* to) {
-    return convert<T>(from, stride, n, how, nodata, to);
+[[gnu::target("avx2,fma")]] std::int64_t convert_wide(const Run& run, const Normalise& how,
+                                                      Nodata nodata, float* to,
+                                                      std::ptrdiff_t step) {
+    return convert<T>(run, how, nodata, to, step);
 }
 #endif
 
-using Convert = std::int64_t (*)(const std::uint8_t*, std::size_t, std::size_t, const Normalise&,
-                                 Nodata, float*);
+using Convert = std::int64_t (*)(const Run&, const Normalise&, Nodata, float*, std::ptrdiff_t);
 
 template <class T>
 Convert converter() {
@@ -446,6 +468,7 @@ Status Region::plan_chunks(Source& source, Header& header) {
     across_ = (area_.right - 1) / layout_.chunk_width - first_across_ + 1;
     chunks_.clear();
     ranges_.clear();
+    flat_ = across_ == 1 && layout_.compression == Compression::none;
     std::uint64_t raw_bytes = 0, pixels_bytes = 0;
     // Entries of neighbouring chunks are fetched together: of strips all, of tiles a row of them.
     const bool whole_rows = across_ == layout_.chunks_across;
@@ -486,7 +509,10 @@ Status Region::plan_chunks(Source& source, Header& header) {
                 row_pixels += chunk.room;
                 most_pixels = std::max(most_pixels, row_pixels);
                 chunks_.push_back(chunk);
-                if (chunk.length == 0) continue;
+                if (chunk.length == 0) {
+                    flat_ = false;
+                    continue;
+                }
                 if (!ranges_.empty() &&
                     ranges_.back().offset + ranges_.back().length == chunk.offset)
                     ranges_.back().length += chunk.length;
@@ -505,6 +531,13 @@ Status Region::plan(Source& source, Header& header, const Layout& layout, const 
                     const std::int64_t* bands, std::size_t count) {
     layout_ = layout;
     area_ = area;
+    // Strips never written cost the file nothing: no more of them than ZSTD could make of it.
+    const double claimed = double(area.bottom - area.top) * (area.right - area.left) *
+                           static_cast<double>(count) * layout.sample_bytes;
+    const double most = static_cast<double>(source.size()) * 32768;
+    if (claimed > std::max(most, double{64 << 20}))
+        return Status::failure("claims more pixels than a file of " +
+                               std::to_string(source.size()) + " bytes can hold");
     planes_.clear();
     place_.clear();
     loaded_.clear();
@@ -617,51 +650,65 @@ const std::uint8_t* Region::line(std::size_t slot, const Segment& part) {
     return to + lead * size;
 }
 
+std::uint32_t Region::rows_at_hand(std::uint32_t y) const {
+    if (flat_) return area_.bottom - y;
+    return std::min(area_.bottom - y, layout_.chunk_height - y % layout_.chunk_height);
+}
+
+// Hands the wanted samples to take(run, first column, first row), chunk by chunk; run.from is null
+// where a chunk was never written.
 template <class Take>
-Status Region::each_segment(std::size_t slot, std::uint32_t y, Take&& take) {
+Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, Take&& take) {
     const std::uint64_t down = y / layout_.chunk_height;
-    const unsigned size = layout_.sample_bytes, pixel = layout_.pixel_samples();
+    const std::size_t size = layout_.sample_bytes, pixel = layout_.pixel_samples() * size;
+    const auto row_bytes = static_cast<std::size_t>(layout_.row_bytes());
     if (Status status = decompress(planes_[slot], down); !status.ok()) return status;
+    std::size_t column = 0;
     for (std::uint64_t i = 0; i < across_; ++i) {
-        const Segment part = segment(planes_[slot], down, i, y);
-        if (part.row == nullptr)
-            take(nullptr, std::size_t{0}, part.count);
-        else if (direct())
-            take(part.row + (std::size_t{part.first} * pixel + place_[slot]) * size,
-                 std::size_t{pixel} * size, part.count);
-        else
-            take(line(slot, part), std::size_t{size}, part.count);
+        Segment part = segment(planes_[slot], down, i, y);
+        if (part.row == nullptr) {
+            take(Run{nullptr, 0, part.count, 0, rows}, column, 0);
+        } else if (direct()) {
+            take(Run{part.row + part.first * pixel + place_[slot] * size, pixel, part.count,
+                     row_bytes, rows},
+                 column, 0);
+        } else {
+            for (std::uint32_t r = 0; r < rows; ++r, part.row += row_bytes)
+                take(Run{line(slot, part), size, part.count, 0, 1}, column, r);
+        }
+        column += part.count;
     }
     return {};
 }
 
-Status Region::floats(std::size_t slot, std::uint32_t y, const Normalise& how, float* to,
-                      std::int64_t& replaced) {
-    const Convert run = converter(layout_);
+Status Region::floats(std::size_t slot, std::uint32_t y, std::uint32_t rows, const Normalise& how,
+                      float* to, std::ptrdiff_t step, std::int64_t& replaced) {
+    const Convert convert = converter(layout_);
     const Nodata nodata{layout_.nodata.has_value(), layout_.nodata.value_or(0)};
-    return each_segment(slot, y, [&](const std::uint8_t* from, std::size_t stride, std::size_t n) {
-        if (from != nullptr) {
-            replaced += run(from, stride, n, how, nodata, to);
-        } else {
-            // A chunk never written is nodata or, without such a value, 0.
-            std::fill_n(to, n, nodata.given ? 0.0f : (0.0f - how.mean) / how.std);
-            if (nodata.given) replaced += static_cast<std::int64_t>(n);
+    return each_run(slot, y, rows, [&](const Run& run, std::size_t column, std::uint32_t row) {
+        float* const at = to + row * step + static_cast<std::ptrdiff_t>(column);
+        if (run.from != nullptr) {
+            replaced += convert(run, how, nodata, at, step);
+            return;
         }
-        to += n;
+        // A chunk never written is nodata or, without such a value, 0.
+        for (std::uint32_t r = 0; r < rows; ++r)
+            std::fill_n(at + r * step, run.n, nodata.given ? 0.0f : (0.0f - how.mean) / how.std);
+        if (nodata.given) replaced += static_cast<std::int64_t>(run.n * rows);
     });
 }
 
-Status Region::samples(std::size_t slot, std::uint32_t y, std::uint8_t* to) {
-    return each_segment(slot, y, [&](const std::uint8_t* from, std::size_t stride, std::size_t n) {
-        const unsigned size = layout_.sample_bytes;
-        std::uint64_t none = 0;
-        if (from == nullptr) {
-            none = absent_sample(layout_);
-            from = reinterpret_cast<const std::uint8_t*>(&none);
-            stride = 0;
-        }
-        with_word(size, [&](auto word) { gather<decltype(word)>(from, stride, n, to); });
-        to += n * size;
+Status Region::samples(std::size_t slot, std::uint32_t y, std::uint32_t rows, std::uint8_t* to,
+                       std::size_t step) {
+    const std::size_t size = layout_.sample_bytes;
+    const std::uint64_t absent = absent_sample(layout_);
+    return each_run(slot, y, rows, [&](Run run, std::size_t column, std::uint32_t row) {
+        if (run.from == nullptr) run.from = reinterpret_cast<const std::uint8_t*>(&absent);
+        with_word(layout_.sample_bytes, [&](auto word) {
+            for (std::size_t r = 0; r < run.rows; ++r)
+                gather<decltype(word)>(run.from + r * run.row_step, run.stride, run.n,
+                                       to + (row + r) * step + column * size);
+        });
     });
 }
 

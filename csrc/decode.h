@@ -68,12 +68,16 @@ class Region {
     // Reads them.
     Status read(Source& source);
 
-    // Row `y` of the slot-th band of plan(), left .. right - 1, as floats. Adds to `replaced`. Rows
-    // are decoded as they come: ask for all slots of a row before the next row.
-    Status floats(std::size_t slot, std::uint32_t y, const Normalise& how, float* to,
-                  std::int64_t& replaced);
-    // The same row as it is, in the machine's byte order.
-    Status samples(std::size_t slot, std::uint32_t y, std::uint8_t* to);
+    // How many rows from `y` on the calls below can take at once: 1 at least.
+    std::uint32_t rows_at_hand(std::uint32_t y) const;
+    // Rows y .. y + rows - 1 of the slot-th band of plan(), columns left .. right - 1, as floats;
+    // `step` floats from row to row of `to`. Adds to `replaced`. Strips and tiles are decoded as
+    // their rows come: ask for these rows of all slots before the next ones.
+    Status floats(std::size_t slot, std::uint32_t y, std::uint32_t rows, const Normalise& how,
+                  float* to, std::ptrdiff_t step, std::int64_t& replaced);
+    // The same rows as they are, in the machine's byte order; `step` bytes from row to row.
+    Status samples(std::size_t slot, std::uint32_t y, std::uint32_t rows, std::uint8_t* to,
+                   std::size_t step);
 
   private:
     struct Chunk {                     // the part of a strip or tile that is needed
@@ -95,7 +99,7 @@ class Region {
     bool direct() const;  // samples can be taken from a row as they are
     const std::uint8_t* line(std::size_t slot, const Segment& part);
     template <class Take>
-    Status each_segment(std::size_t slot, std::uint32_t y, Take&& take);
+    Status each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, Take&& take);
 
     Layout layout_;
     Rectangle area_{};
@@ -104,6 +108,7 @@ class Region {
     std::vector<std::int64_t> loaded_;  // the plane in the file of each plane loaded
     std::uint64_t first_across_ = 0, across_ = 0, first_down_ = 0, down_ = 0;
     std::vector<Chunk> chunks_;  // [plane][down][across]
+    bool flat_ = false;          // raw_ holds all rows of a plane, one after the other
     std::vector<Range> ranges_;
     std::vector<std::uint64_t> decoded_;  // the row of chunks in pixels_, for each plane
     std::vector<std::uint64_t> numbers_;

@@ -59,6 +59,11 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
         const auto rows = static_cast<std::uint32_t>(transposes ? request.width : request.height);
         const auto columns =
             static_cast<std::uint32_t>(transposes ? request.height : request.width);
+        if (window[2] * layout_.height > longest_window ||
+            window[3] * layout_.width > longest_window)
+            return Status::failure("tag 256 or 257: the image is " + std::to_string(layout_.height) +
+                                   " x " + std::to_string(layout_.width) +
+                                   " pixels, of a window at most 65536 a side are resampled");
         down_.set(window[0] * layout_.height, (window[0] + window[2]) * layout_.height,
                   layout_.height, rows);
         across_.set(window[1] * layout_.width, (window[1] + window[3]) * layout_.width,
@@ -81,7 +86,7 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
     if (!status.ok()) return status;
     for (const Region::Range& range : region_.ranges()) bytes_read += range.length;
 
-    if (resamplers_.size() < channels) {
+    if (normalise_.size() < channels) {  // the last to grow, should memory run out
         resamplers_.resize(channels);
         normalise_.resize(channels);
     }
@@ -96,12 +101,17 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
         resamplers_[c].begin(down_, across_, request.orient.empty() ? 0 : request.orient[index],
                              request.out + (first + c) * plane);
     }
-    for (std::uint32_t y = down_.low; y < down_.high; ++y)
+    for (std::uint32_t y = down_.low, rows = 0; y < down_.high; y += rows) {
+        rows = std::min({down_.high - y, region_.rows_at_hand(y),
+                         static_cast<std::uint32_t>(resamplers_[0].space())});
         for (std::size_t c = 0; c < channels; ++c) {
-            status = region_.floats(c, y, normalise_[c], resamplers_[c].row(), replaced);
+            std::ptrdiff_t step;
+            float* const to = resamplers_[c].rows(step);
+            status = region_.floats(c, y, rows, normalise_[c], to, step, replaced);
             if (!status.ok()) return status;
-            resamplers_[c].push();
+            resamplers_[c].push(rows);
         }
+    }
     for (std::size_t c = 0; c < channels; ++c) resamplers_[c].finish();
     return {};
 }
@@ -199,8 +209,9 @@ void Pool::serve() {
 void Pool::submit(std::shared_ptr<Batch> batch) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (batch->request.samples > 0) queue_.push_back(std::move(batch));
+        // Threads first: where they cannot be had this throws, and the batch must not be queued.
         while (threads_.size() < threads_wanted_) threads_.emplace_back([this] { serve(); });
+        if (batch->request.samples > 0) queue_.push_back(std::move(batch));
     }
     work_to_do_.notify_all();
 }

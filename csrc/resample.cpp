@@ -10,12 +10,13 @@ namespace bandcrop {
 namespace {
 
 typedef float Lanes __attribute__((vector_size(32)));  // 8 floats
+typedef float UnalignedLanes __attribute__((vector_size(32), aligned(4), may_alias));
 
 [[gnu::always_inline]] inline void load(const float* from, Lanes& lanes) {
-    std::memcpy(&lanes, from, sizeof lanes);
+    lanes = *reinterpret_cast<const UnalignedLanes*>(from);
 }
 [[gnu::always_inline]] inline void store(const Lanes& lanes, float* to) {
-    std::memcpy(to, &lanes, sizeof lanes);
+    *reinterpret_cast<UnalignedLanes*>(to) = lanes;
 }
 
 double cubic(double x) {  // Keys (1981), a = -0.5
@@ -44,34 +45,49 @@ double cubic(double x) {  // Keys (1981), a = -0.5
     }
 }
 
+// Eight outputs of eight rows: r[i] is output o[i] of each row. Taps known to the compiler unroll.
+template <std::size_t taps_known>
+[[gnu::always_inline]] inline void weigh(const Axis& axis, const float* turned,
+                                         const std::size_t (&o)[8], Lanes (&r)[8]) {
+    const std::size_t taps = taps_known != 0 ? taps_known : axis.taps;
+    const float *in[8], *weight[8];
+    for (int i = 0; i < 8; ++i) {
+        in[i] = turned + std::size_t{axis.first[o[i]]} * 8;
+        weight[i] = axis.weight.data() + o[i] * taps;
+        r[i] = Lanes{};
+    }
+    for (std::size_t k = 0; k < taps; ++k)
+        for (int i = 0; i < 8; ++i) {
+            Lanes value;
+            load(in[i] + k * 8, value);
+            r[i] += value * weight[i][k];
+        }
+}
+
 // Resamples 8 rows across: lines [8][line_stride] -> out [8][out_stride], outputs rounded up to a
 // multiple of 8. turned has line_stride x 8 floats.
 [[gnu::always_inline]] inline void across8(const float* lines, std::size_t line_stride,
                                            const Axis& axis, bool flips, float* turned, float* out,
                                            std::size_t out_stride) {
-    const std::size_t inputs = axis.high - axis.low, taps = axis.taps;
+    const std::size_t inputs = axis.high - axis.low;
     for (std::size_t x = 0; x < inputs; x += 8) {
         Lanes r[8];
-        for (int i = 0; i < 8; ++i)
-            load(lines + static_cast<std::size_t>(i) * line_stride + x, r[i]);
+        for (std::size_t i = 0; i < 8; ++i) load(lines + i * line_stride + x, r[i]);
         transpose8(r);
-        for (int i = 0; i < 8; ++i) store(r[i], turned + (x + static_cast<std::size_t>(i)) * 8);
+        for (std::size_t i = 0; i < 8; ++i) store(r[i], turned + (x + i) * 8);
     }
     for (std::size_t x = 0; x < axis.outputs; x += 8) {
-        Lanes r[8];
+        std::size_t o[8];
         for (std::size_t i = 0; i < 8; ++i) {
             // Outputs past the last repeat it; a flip asks for the outputs from the other end.
             const std::size_t at = std::min<std::size_t>(x + i, axis.outputs - 1);
-            const std::size_t o = flips ? axis.outputs - 1 - at : at;
-            const float* weight = axis.weight.data() + o * taps;
-            const float* in = turned + std::size_t{axis.first[o]} * 8;
-            Lanes sum{}, value;
-            for (std::size_t k = 0; k < taps; ++k) {
-                load(in + k * 8, value);
-                sum += value * weight[k];
-            }
-            r[i] = sum;
+            o[i] = flips ? axis.outputs - 1 - at : at;
         }
+        Lanes r[8];
+        if (axis.taps == 4)  // enlarging
+            weigh<4>(axis, turned, o, r);
+        else
+            weigh<0>(axis, turned, o, r);
         transpose8(r);
         for (std::size_t i = 0; i < 8; ++i) store(r[i], out + i * out_stride + x);
     }
@@ -82,14 +98,14 @@ double cubic(double x) {  // Keys (1981), a = -0.5
                                             const float* weight, std::size_t taps,
                                             std::size_t width, float* out) {
     std::size_t x = 0;
-    for (; x + 32 <= width; x += 32) {
-        Lanes sum[4] = {}, value;
+    for (; x + 64 <= width; x += 64) {
+        Lanes sum[8] = {}, value;
         for (std::size_t k = 0; k < taps; ++k)
-            for (std::size_t j = 0; j < 4; ++j) {
+            for (std::size_t j = 0; j < 8; ++j) {
                 load(rows + k * stride + x + 8 * j, value);
                 sum[j] += value * weight[k];
             }
-        for (std::size_t j = 0; j < 4; ++j) store(sum[j], out + x + 8 * j);
+        for (std::size_t j = 0; j < 8; ++j) store(sum[j], out + x + 8 * j);
     }
     for (; x < width; x += 8) {  // the rows are padded to 8, the output is not
         Lanes sum{}, value;
@@ -175,14 +191,15 @@ void Axis::set(double start, double stop, std::uint32_t inputs, std::uint32_t wa
     start = std::clamp(whole(start), 0.0, static_cast<double>(inputs));
     stop = std::clamp(whole(stop), start, static_cast<double>(inputs));
     if (start == start_ && stop == stop_ && inputs == inputs_ && wanted == outputs) return;
+    inputs_ = 0;  // no setting, should memory run out below
     start_ = start;
     stop_ = stop;
-    inputs_ = inputs;
     outputs = wanted;
     copies = start == std::round(start) && stop - start == wanted;
     if (copies) {
         low = static_cast<std::uint32_t>(start);
         high = low + wanted;
+        inputs_ = inputs;
         return;
     }
     // PIL's precompute_coeffs (Resample.c).
@@ -196,8 +213,11 @@ void Axis::set(double start, double stop, std::uint32_t inputs, std::uint32_t wa
     };
     low = static_cast<std::uint32_t>(left(start + 0.5 * scale));
     high = static_cast<std::uint32_t>(right(start + (wanted - 0.5) * scale));
-    taps = static_cast<std::uint32_t>(
-        std::min(static_cast<std::int64_t>(std::ceil(support)) * 2 + 1, std::int64_t{high - low}));
+    taps = 0;
+    for (std::uint32_t i = 0; i < wanted; ++i) {
+        const double center = start + (i + 0.5) * scale;
+        taps = std::max(taps, static_cast<std::uint32_t>(right(center) - left(center)));
+    }
     first.resize(wanted);
     weight.assign(std::size_t{wanted} * taps, 0.0f);
     for (std::uint32_t i = 0; i < wanted; ++i) {
@@ -215,6 +235,7 @@ void Axis::set(double start, double stop, std::uint32_t inputs, std::uint32_t wa
         }
         for (std::uint32_t k = 0; k < taps; ++k) w[k] = static_cast<float>(w[k] / sum);
     }
+    inputs_ = inputs;
 }
 
 void Resampler::begin(const Axis& down, const Axis& across, unsigned orient, float* out) {
@@ -225,7 +246,7 @@ void Resampler::begin(const Axis& down, const Axis& across, unsigned orient, flo
     flips_rows_ = (orient & (transposes_ ? 1 : 2)) != 0;
     flips_columns_ = (orient & (transposes_ ? 2 : 1)) != 0;
     straight_ = down.copies && across.copies;
-    rows_ = waiting_ = 0;
+    pushed_ = waiting_ = 0;
     out_ = out;
     if (transposes_) out_ = upright_.reserve(std::size_t{down.outputs} * across.outputs);
     finished_ = out;
@@ -242,25 +263,38 @@ void Resampler::begin(const Axis& down, const Axis& across, unsigned orient, flo
     }
 }
 
-float* Resampler::row() {
-    if (straight_)
-        return out_ + (flips_rows_ ? down_->outputs - 1 - rows_ : rows_) * across_->outputs;
-    return across_->copies ? plane_row(rows_) : lines_.data() + waiting_ * line_stride_;
+std::size_t Resampler::space() const {
+    return across_->copies ? down_->high - down_->low - pushed_ : block - waiting_;
 }
 
-void Resampler::push() {
-    if (across_->copies) {
-        if (flips_columns_) std::reverse(row(), row() + across_->outputs);
-        ++rows_;
-        return;
+float* Resampler::rows(std::ptrdiff_t& step) {
+    step = static_cast<std::ptrdiff_t>(straight_         ? across_->outputs
+                                       : across_->copies ? stride_
+                                                         : line_stride_);
+    if (!across_->copies) return lines_.data() + waiting_ * line_stride_;
+    if (!straight_) return plane_row(pushed_);
+    float* const to =
+        out_ + (flips_rows_ ? down_->outputs - 1 - pushed_ : pushed_) * across_->outputs;
+    if (flips_rows_) step = -step;
+    return to;
+}
+
+void Resampler::push(std::size_t count) {
+    if (across_->copies && flips_columns_) {
+        std::ptrdiff_t step;
+        float* row = rows(step);
+        for (std::size_t i = 0; i < count; ++i, row += step)
+            std::reverse(row, row + across_->outputs);
     }
-    ++rows_;
-    if (++waiting_ == block) flush();
+    pushed_ += count;
+    if (across_->copies) return;
+    waiting_ += count;
+    if (waiting_ == block) flush();
 }
 
 void Resampler::flush() {
     kernels().across(lines_.data(), line_stride_, *across_, flips_columns_, turned_.data(),
-                     plane_row(rows_ - waiting_), stride_);
+                     plane_row(pushed_ - waiting_), stride_);
     waiting_ = 0;
 }
 

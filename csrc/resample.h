@@ -18,6 +18,10 @@
 
 namespace bandcrop {
 
+// The most pixels of a window on a side: what a Resampler keeps grows with them, and a tiny file may
+// claim billions.
+constexpr double longest_window = 65536;
+
 // How one axis of the output is made: output i is the sum over k < taps of
 // weight[i * taps + k] x input[first[i] + k], inputs counted from `low`.
 struct Axis {
@@ -45,8 +49,10 @@ class Resampler {
     // `out` holds height x width floats: down.outputs x across.outputs, or, transposed, the other
     // way round. orient: 4 transposes, then 2 flips up-down, then 1 flips left-right.
     void begin(const Axis& down, const Axis& across, unsigned orient, float* out);
-    float* row();  // where the next input row belongs, across.high - across.low floats
-    void push();
+    std::size_t space() const;
+    // Where the next rows of across.high - across.low floats belong, `step` floats apart.
+    float* rows(std::ptrdiff_t& step);
+    void push(std::size_t count);
     void finish();
 
   private:
@@ -59,7 +65,7 @@ class Resampler {
     bool transposes_ = false, flips_rows_ = false, flips_columns_ = false, straight_ = false;
     float* out_ = nullptr;       // where the upright image goes
     float* finished_ = nullptr;  // where the result goes
-    std::size_t rows_ = 0;       // pushed so far
+    std::size_t pushed_ = 0;     // rows so far
     std::size_t waiting_ = 0;    // of them in lines_
     std::size_t stride_ = 0, line_stride_ = 0;
     Buffer<float> lines_;    // [block][line_stride_]: input rows
