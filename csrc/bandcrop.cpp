@@ -21,8 +21,16 @@ namespace {
 
 constexpr std::chrono::milliseconds between_signals{50};
 
+// Messages hold paths, which need not be UTF-8: as os.fsdecode() has it.
+py::str text(const std::string& message) {
+    PyObject* decoded =
+        PyUnicode_DecodeFSDefaultAndSize(message.data(), static_cast<Py_ssize_t>(message.size()));
+    if (decoded == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(decoded);
+}
+
 [[noreturn]] void raise_tile_error(const std::string& message, py::object index) {
-    py::object error = py::module_::import("bandcrop").attr("TileError")(message);
+    py::object error = py::module_::import("bandcrop").attr("TileError")(text(message));
     error.attr("index") = std::move(index);
     PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
     throw py::error_already_set();
@@ -148,7 +156,7 @@ py::object report(const Batch& batch) {
             if (!batch.errors[i].empty()) raise_tile_error(batch.errors[i], py::int_(i));
     py::list errors;
     for (std::size_t i = 0; i < batch.errors.size(); ++i)
-        if (!batch.errors[i].empty()) errors.append(py::make_tuple(i, batch.errors[i]));
+        if (!batch.errors[i].empty()) errors.append(py::make_tuple(i, text(batch.errors[i])));
     return py::cast(
         Report{py::array_t<std::int64_t>(static_cast<py::ssize_t>(batch.replaced.size()),
                                          batch.replaced.data()),

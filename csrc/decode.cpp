@@ -21,6 +21,7 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bandcrop runs on little-endian machines");
 
+constexpr std::size_t piece_bytes = 256 * 1024;  // read at a time: well inside a core's own cache
 constexpr std::size_t largest_chunk = std::size_t{1} << 30;  // decompressed; more is refused
 
 // The most bytes that one byte of compressed data can become.
@@ -144,22 +145,25 @@ struct Nodata {
     double value = 0;
 };
 
-// The loop that all pixels pass through; every argument but the pointers is the same for a row, so
-// that it vectorises. `scale` divides or multiplies.
-template <class T, bool divides>
+// The loop that all pixels pass through. What is the same for all of a row is an argument or known
+// to the compiler, so that it vectorises. `scale` divides or multiplies.
+template <class T, bool divides, bool checks>
 [[gnu::always_inline]] inline std::int64_t normalise(const std::uint8_t* __restrict from,
                                                      std::size_t stride, std::size_t n, float mean,
-                                                     float scale, bool given, T none,
-                                                     float* __restrict to) {
+                                                     float scale, T none, float* __restrict to) {
     std::uint32_t bad = 0;
     for (std::size_t i = 0; i < n; ++i) {
         const T sample = load<T>(from + i * stride);
         const auto x = static_cast<float>(sample);
-        bool wrong = given & (sample == none);
-        if constexpr (std::is_floating_point_v<T>) wrong |= !(std::fabs(x) <= FLT_MAX);
         const float y = divides ? (x - mean) / scale : (x - mean) * scale;
-        to[i] = wrong ? 0.0f : y;
-        bad += wrong;
+        if constexpr (checks) {
+            bool wrong = sample == none;
+            if constexpr (std::is_floating_point_v<T>) wrong |= !(std::fabs(x) <= FLT_MAX);
+            to[i] = wrong ? 0.0f : y;
+            bad += wrong;
+        } else {
+            to[i] = y;
+        }
     }
     return bad;
 }
@@ -189,22 +193,32 @@ template <class T>
                 nodata.value == std::floor(nodata.value);
         if (given) none = static_cast<T>(nodata.value);
     }
-    const float scale = how.divide ? how.std : 1 / how.std;
-    const bool close = run.stride == sizeof(T);
     std::int64_t bad = 0;
-    for (std::size_t row = 0; row < run.rows; ++row, to += step) {
-        const std::uint8_t* from = run.from + row * run.row_step;
-        if (how.divide)
-            bad +=
-                close
-                    ? normalise<T, true>(from, sizeof(T), run.n, how.mean, scale, given, none, to)
-                    : normalise<T, true>(from, run.stride, run.n, how.mean, scale, given, none, to);
+    const auto rows = [&](auto stride, auto divides, auto checks) __attribute__((always_inline)) {
+        const float scale = divides ? how.std : 1 / how.std;
+        for (std::size_t row = 0; row < run.rows; ++row)
+            bad += normalise<T, divides, checks>(run.from + row * run.row_step, stride, run.n,
+                                                 how.mean, scale, none,
+                                                 to + static_cast<std::ptrdiff_t>(row) * step);
+    };
+    const auto strides = [&](auto divides, auto checks) __attribute__((always_inline)) {
+        if (run.stride == sizeof(T))  // one band
+            rows(std::integral_constant<std::size_t, sizeof(T)>{}, divides, checks);
+        else if (run.stride == 2 * sizeof(T))  // two, as VV and VH
+            rows(std::integral_constant<std::size_t, 2 * sizeof(T)>{}, divides, checks);
         else
-            bad += close ? normalise<T, false>(from, sizeof(T), run.n, how.mean, scale, given, none,
-                                               to)
-                         : normalise<T, false>(from, run.stride, run.n, how.mean, scale, given,
-                                               none, to);
-    }
+            rows(run.stride, divides, checks);
+    };
+    const auto checks = [&](auto divides) __attribute__((always_inline)) {
+        if (floating || given)
+            strides(divides, std::true_type{});
+        else
+            strides(divides, std::bool_constant<floating>{});
+    };
+    if (how.divide)
+        checks(std::true_type{});
+    else
+        checks(std::false_type{});
     return bad;
 }
 
@@ -281,13 +295,18 @@ void with_word(unsigned bytes, Run&& run) {
 }
 
 template <class Word>
-void gather(const std::uint8_t* from, std::size_t stride, std::size_t n, std::uint8_t* to) {
-    if (stride == sizeof(Word)) {
+void gather(const std::uint8_t* __restrict from, std::size_t stride, std::size_t n,
+            std::uint8_t* __restrict to) {
+    const auto run = [&](auto step) {
+        for (std::size_t i = 0; i < n; ++i)
+            std::memcpy(to + i * sizeof(Word), from + i * step, sizeof(Word));
+    };
+    if (stride == sizeof(Word))
         std::memcpy(to, from, n * sizeof(Word));
-        return;
-    }
-    for (std::size_t i = 0; i < n; ++i)
-        std::memcpy(to + i * sizeof(Word), from + i * stride, sizeof(Word));
+    else if (stride == 2 * sizeof(Word))  // two bands, as VV and VH: vectorises
+        run(std::integral_constant<std::size_t, 2 * sizeof(Word)>{});
+    else
+        run(stride);
 }
 
 template <class Word>
@@ -477,7 +496,7 @@ Status Region::plan_chunks(Source& source, Header& header) {
     std::uint64_t* const offsets = numbers_.data();
     std::uint64_t* const lengths = offsets + run;
     for (const std::int64_t plane : loaded_) {
-        std::uint64_t most_pixels = 0;
+        std::uint64_t most_pixels = 0, end = 0;
         for (std::uint64_t r = 0; r < runs; ++r) {
             const std::uint64_t first =
                 (static_cast<std::uint64_t>(plane) * layout_.chunks_down + first_down_ + r) *
@@ -509,6 +528,8 @@ Status Region::plan_chunks(Source& source, Header& header) {
                 row_pixels += chunk.room;
                 most_pixels = std::max(most_pixels, row_pixels);
                 chunks_.push_back(chunk);
+                if (r + i > 0) flat_ = flat_ && chunk.offset == end;
+                end = chunk.offset + chunk.length;
                 if (chunk.length == 0) {
                     flat_ = false;
                     continue;
@@ -521,6 +542,12 @@ Status Region::plan_chunks(Source& source, Header& header) {
             }
         }
         pixels_bytes += most_pixels;
+    }
+    if (flat_) {
+        const std::uint64_t row_bytes = layout_.row_bytes();
+        piece_ = static_cast<std::uint32_t>(
+            std::clamp<std::uint64_t>(piece_bytes / row_bytes, 1, area_.bottom - area_.top));
+        raw_bytes = loaded_.size() * piece_ * row_bytes;
     }
     raw_.reserve(static_cast<std::size_t>(raw_bytes));
     pixels_.reserve(static_cast<std::size_t>(pixels_bytes));
@@ -548,11 +575,13 @@ Status Region::plan(Source& source, Header& header, const Layout& layout, const 
         place_.push_back(layout.separate ? 0 : static_cast<std::uint32_t>(bands[i]));
         if (known == loaded_.end()) loaded_.push_back(plane);
     }
-    decoded_.assign(loaded_.size(), UINT64_MAX);
+    held_.assign(loaded_.size(), UINT64_MAX);
     return plan_chunks(source, header);
 }
 
 Status Region::read(Source& source) {
+    source_ = &source;
+    if (flat_) return {};
     std::uint8_t* to = raw_.data();
     for (const Range& range : ranges_) {
         if (Status status = source.read(range.offset, to, static_cast<std::size_t>(range.length));
@@ -563,8 +592,24 @@ Status Region::read(Source& source) {
     return {};
 }
 
+// Reads the piece of a flat plane that begins with row `y`, unless row `y` is in the one at hand.
+Status Region::fetch(std::size_t plane, std::uint32_t y) {
+    std::uint64_t& held = held_[plane];
+    if (held <= y && y < held + piece_) return {};
+    const auto row_bytes = static_cast<std::size_t>(layout_.row_bytes());
+    const std::uint32_t rows = std::min(piece_, area_.bottom - y);
+    held = UINT64_MAX;
+    if (Status status =
+            source_->read(chunks_[plane * down_].offset + std::uint64_t{y - area_.top} * row_bytes,
+                          raw_.data() + plane * piece_ * row_bytes, rows * row_bytes);
+        !status.ok())
+        return status;
+    held = y;
+    return {};
+}
+
 Status Region::decompress(std::size_t plane, std::uint64_t down) {
-    if (layout_.compression == Compression::none || decoded_[plane] == down) return {};
+    if (layout_.compression == Compression::none || held_[plane] == down) return {};
     for (std::uint64_t i = 0; i < across_; ++i) {
         const Chunk& chunk = chunks_[(plane * down_ + down - first_down_) * across_ + i];
         if (chunk.length == 0) continue;
@@ -575,7 +620,7 @@ Status Region::decompress(std::size_t plane, std::uint64_t down) {
             return Status::failure(std::string(layout_.tiled ? "tile" : "strip") + " at byte " +
                                    std::to_string(chunk.offset) + ": " + status.message);
     }
-    decoded_[plane] = down;
+    held_[plane] = down;
     return {};
 }
 
@@ -587,7 +632,9 @@ Region::Segment Region::segment(std::size_t plane, std::uint64_t down, std::uint
     const std::uint64_t to = std::min<std::uint64_t>(area_.right - left, layout_.chunk_width);
     const std::uint64_t top = down * layout_.chunk_height;
     const std::uint8_t* row = nullptr;
-    if (chunk.length != 0)
+    if (flat_)
+        row = raw_.data() + (plane * piece_ + y - held_[plane]) * layout_.row_bytes();
+    else if (chunk.length != 0)
         row = layout_.compression == Compression::none
                   ? raw_.data() + chunk.at +
                         (y - std::max<std::uint64_t>(area_.top, top)) * layout_.row_bytes()
@@ -651,7 +698,11 @@ const std::uint8_t* Region::line(std::size_t slot, const Segment& part) {
 }
 
 std::uint32_t Region::rows_at_hand(std::uint32_t y) const {
-    if (flat_) return area_.bottom - y;
+    if (flat_) {
+        const bool held = held_[0] <= y && y < held_[0] + piece_;
+        const std::uint64_t end = (held ? held_[0] : y) + piece_;
+        return static_cast<std::uint32_t>(std::min<std::uint64_t>(end, area_.bottom)) - y;
+    }
     return std::min(area_.bottom - y, layout_.chunk_height - y % layout_.chunk_height);
 }
 
@@ -662,7 +713,9 @@ Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, T
     const std::uint64_t down = y / layout_.chunk_height;
     const std::size_t size = layout_.sample_bytes, pixel = layout_.pixel_samples() * size;
     const auto row_bytes = static_cast<std::size_t>(layout_.row_bytes());
-    if (Status status = decompress(planes_[slot], down); !status.ok()) return status;
+    if (Status status = flat_ ? fetch(planes_[slot], y) : decompress(planes_[slot], down);
+        !status.ok())
+        return status;
     std::size_t column = 0;
     for (std::uint64_t i = 0; i < across_; ++i) {
         Segment part = segment(planes_[slot], down, i, y);

@@ -65,10 +65,11 @@ class Region {
         std::uint64_t offset, length;
     };
     const std::vector<Range>& ranges() const { return ranges_; }
-    // Reads them.
+    // Reads them or, where a plane is one range, promises to: then the calls below read it in
+    // pieces that stay in a processor's own cache, and `source` must live on.
     Status read(Source& source);
 
-    // How many rows from `y` on the calls below can take at once: 1 at least.
+    // How many rows from `y` on the calls below can take at once: 1 at least. Ask before each call.
     std::uint32_t rows_at_hand(std::uint32_t y) const;
     // Rows y .. y + rows - 1 of the slot-th band of plan(), columns left .. right - 1, as floats;
     // `step` floats from row to row of `to`. Adds to `replaced`. Strips and tiles are decoded as
@@ -94,6 +95,7 @@ class Region {
     Status plan_chunks(Source& source, Header& header);
     Status place(const Source& source, std::uint64_t down, std::uint64_t offset,
                  std::uint64_t length, Chunk& chunk) const;
+    Status fetch(std::size_t plane, std::uint32_t y);
     Status decompress(std::size_t plane, std::uint64_t down);
     Segment segment(std::size_t plane, std::uint64_t down, std::uint64_t across, std::uint32_t y);
     bool direct() const;  // samples can be taken from a row as they are
@@ -108,9 +110,13 @@ class Region {
     std::vector<std::int64_t> loaded_;  // the plane in the file of each plane loaded
     std::uint64_t first_across_ = 0, across_ = 0, first_down_ = 0, down_ = 0;
     std::vector<Chunk> chunks_;  // [plane][down][across]
-    bool flat_ = false;          // raw_ holds all rows of a plane, one after the other
+    bool flat_ = false;          // each plane is one range of rows, read piece by piece
+    std::uint32_t piece_ = 0;    // rows of a piece
+    Source* source_ = nullptr;
     std::vector<Range> ranges_;
-    std::vector<std::uint64_t> decoded_;  // the row of chunks in pixels_, for each plane
+    // For each plane what is at hand: the row of chunks in pixels_ or, of a flat one, the first row
+    // in raw_.
+    std::vector<std::uint64_t> held_;
     std::vector<std::uint64_t> numbers_;
     Buffer<std::uint8_t> raw_, pixels_, line_, bytes_;
     Codec codec_;

@@ -61,8 +61,9 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
             static_cast<std::uint32_t>(transposes ? request.height : request.width);
         if (window[2] * layout_.height > longest_window ||
             window[3] * layout_.width > longest_window)
-            return Status::failure("tag 256 or 257: the image is " + std::to_string(layout_.height) +
-                                   " x " + std::to_string(layout_.width) +
+            return Status::failure("tag 256 or 257: the image is " +
+                                   std::to_string(layout_.height) + " x " +
+                                   std::to_string(layout_.width) +
                                    " pixels, of a window at most 65536 a side are resampled");
         down_.set(window[0] * layout_.height, (window[0] + window[2]) * layout_.height,
                   layout_.height, rows);
@@ -78,22 +79,29 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
     if (!status.ok()) return status;
     file.cached_only = attempt < 2;
     status = region_.read(file);
+    if (status.ok()) status = pixels(request, index, first, channels, replaced);
     if (status.code == Status::not_cached) {
         for (const Region::Range& range : region_.ranges())
             file.will_need(range.offset, range.length);
         attempt = 2;
     }
-    if (!status.ok()) return status;
-    for (const Region::Range& range : region_.ranges()) bytes_read += range.length;
+    if (status.ok())
+        for (const Region::Range& range : region_.ranges()) bytes_read += range.length;
+    return status;
+}
 
+// Converts and resamples what region_ planned into channels `first` on of all the batch's channels.
+Status Worker::pixels(const Request& request, std::size_t index, std::size_t first,
+                      std::size_t channels, std::int64_t& replaced) {
     if (normalise_.size() < channels) {  // the last to grow, should memory run out
         resamplers_.resize(channels);
         normalise_.resize(channels);
     }
     const std::size_t plane = request.height * request.width;
     for (std::size_t c = 0; c < channels; ++c) {
-        const std::size_t at =
-            request.statistics_by_band ? static_cast<std::size_t>(bands[c]) : first + c;
+        const std::size_t at = request.statistics_by_band
+                                   ? static_cast<std::size_t>(request.bands[first + c])
+                                   : first + c;
         normalise_[c] = {};
         if (!request.mean.empty()) normalise_[c].mean = request.mean[at];
         if (!request.std.empty()) normalise_[c].std = request.std[at];
@@ -107,8 +115,9 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
         for (std::size_t c = 0; c < channels; ++c) {
             std::ptrdiff_t step;
             float* const to = resamplers_[c].rows(step);
-            status = region_.floats(c, y, rows, normalise_[c], to, step, replaced);
-            if (!status.ok()) return status;
+            if (Status status = region_.floats(c, y, rows, normalise_[c], to, step, replaced);
+                !status.ok())
+                return status;
             resamplers_[c].push(rows);
         }
     }

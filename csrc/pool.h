@@ -75,6 +75,8 @@ class Worker {
     Status image(const Request& request, const std::string& path, std::size_t index,
                  std::size_t first_channel, std::size_t channels, int& attempt,
                  std::int64_t& replaced, std::uint64_t& bytes_read);
+    Status pixels(const Request& request, std::size_t index, std::size_t first,
+                  std::size_t channels, std::int64_t& replaced);
 
     Header header_;
     Layout layout_;

@@ -18,8 +18,8 @@
 
 namespace bandcrop {
 
-// The most pixels of a window on a side: what a Resampler keeps grows with them, and a tiny file may
-// claim billions.
+// The most pixels of a window on a side: what a Resampler keeps grows with them, and a tiny file
+// may claim billions.
 constexpr double longest_window = 65536;
 
 // How one axis of the output is made: output i is the sum over k < taps of
