@@ -43,7 +43,7 @@ class BuildExtension(build_ext):
             else:
                 missing.append(f"{library} (Debian package {package})")
         line = f"bandcrop: codecs none, packbits, lzw, {', '.join(found).lower()}"
-        self.announce(line + (f"; not found: {', '.join(missing)}" if missing else ""), level=4)
+        print(line + (f"; not found: {', '.join(missing)}" if missing else ""), flush=True)
         super().build_extensions()
 
 
