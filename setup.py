@@ -25,7 +25,9 @@ class BuildExtension(build_ext):
             source.write_text(f"#include <{header}>\nint main() {{ return {call} == nullptr; }}\n")
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder)
-                self.compiler.link_executable(objects, str(Path(folder, "try")), libraries=[library])
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "try")), libraries=[library]
+                )
             except Exception:  # whatever the compiler's reason, the library cannot be used
                 return False
         return True
@@ -55,7 +57,12 @@ if os.environ.get("CI"):
     flags.append("-Werror")
 links = ["-pthread"]
 if sanitizers := os.environ.get("BANDCROP_SANITIZE"):  # e.g. address,undefined
-    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+    flags += [
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-g",
+    ]
     links += [f"-fsanitize={sanitizers}"]
 
 setup(

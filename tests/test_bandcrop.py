@@ -9,12 +9,11 @@ import textwrap
 import threading
 from pathlib import Path
 
+import bandcrop
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-
-import bandcrop
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="real data (../shared/data) not here")
@@ -293,7 +292,9 @@ def test_result_does_not_depend_on_threads_or_batching(tmp_path):
     one_by_one = np.full_like(outs[0], np.nan)
     reader = bandcrop.Reader(3)
     tickets = [
-        reader.submit(one_by_one[i : i + 1], *(x[i : i + 1] for x in (paths, bands, windows, orient)))
+        reader.submit(
+            one_by_one[i : i + 1], *(x[i : i + 1] for x in (paths, bands, windows, orient))
+        )
         for i in range(24)
     ]
     assert sum(ticket.wait().bytes_read for ticket in reversed(tickets)) > 0

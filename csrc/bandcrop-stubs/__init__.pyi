@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 class TileError(Exception):
-    """A file that cannot be read: the message names the file, what is wrong, and the tag or byte offset.
+    """A file that cannot be read: names it, what is wrong, and the TIFF tag or byte offset.
 
-    When raised by `Reader.fill` or `Ticket.wait`, `index` is the failing sample's place in the batch.
+    `index` is its sample's place in the batch, or None.
     """
 
     index: int | None
@@ -31,7 +31,7 @@ class TileInfo:
 class Report:
     """What a filled batch met."""
 
-    replaced: npt.NDArray[np.int64]  # [N]: non-finite and nodata samples replaced by the band's mean
+    replaced: npt.NDArray[np.int64]  # [N]: samples that became the band's mean
     errors: list[tuple[int, str]]  # bad="report": (index in the batch, message), in order
     bytes_read: int  # bytes of pixel data read from files
 
@@ -53,7 +53,7 @@ class Reader:
         paths: Sequence[str] | Sequence[Sequence[str]],
         bands: npt.ArrayLike,  # int [N, C]
         windows: npt.ArrayLike | None = None,  # float64 [N, 4]: top, left, height, width
-        orient: npt.ArrayLike | None = None,  # uint8 [N]: +1 flips x, +2 flips y, +4 transposes first
+        orient: npt.ArrayLike | None = None,  # uint8 [N]: 4 transpose, 2 flip y, 1 flip x
         mean: npt.ArrayLike | None = None,  # float32 [bands in file] or [N, C]
         std: npt.ArrayLike | None = None,
         bad: str = "raise",  # or "report"

@@ -1,0 +1,59 @@
+# Run with any Python: make PYTHON=/path/to/python build
+PYTHON ?= $(shell command -v python || command -v python3)
+CHECK_MANAGED = import os, sys, sysconfig as s; \
+  managed = os.path.exists(os.path.join(s.get_path("stdlib"), "EXTERNALLY-MANAGED")); \
+  print("yes" if managed and sys.prefix == sys.base_prefix else "no")
+# A Python that the system manages (PEP 668) is left alone: .venv is made and used instead.
+MANAGED := $(shell $(PYTHON) -c '$(CHECK_MANAGED)')
+PY := $(if $(filter yes,$(MANAGED)),.venv/bin/python,$(PYTHON))
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
+
+# $(call stage,what it does,command): says both, runs it, says how long it took.
+define stage
+	@echo; echo "== $(1)"; echo "$(2)" | sed 's|^|   |'
+	@start=$$(date +%s); $(2) && echo "   -- $$(($$(date +%s) - start)) s"
+endef
+ENCODER = runs/demo/encoder.safetensors
+
+.PHONY: help build test lint bench demo clean codecs environment
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+environment:
+ifeq ($(MANAGED),yes)
+	@echo "$(PYTHON) is managed by the system: using .venv (to type 'python ...' as in the README: source .venv/bin/activate)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+endif
+
+codecs:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  ! { [ -e /usr/include/libdeflate.h ] && [ -e /usr/include/zstd.h ]; }; then \
+	  { apt-get update -qq && apt-get install -y -qq libdeflate-dev libzstd-dev; } >/dev/null 2>&1 \
+	  || echo "libdeflate-dev and libzstd-dev could not be installed: going on without"; fi
+
+build: environment codecs  ## install the dependencies and the extension into the active Python
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable .
+	@$(PY) -c 'import bandcrop; print("bandcrop reads:", ", ".join(bandcrop.codecs()))'
+
+test: environment codecs  ## build, then run all tests
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PY) -m pytest -q
+
+demo: build  ## synthetic archive, pre-training of a small encoder, under 5 minutes on 2 cores
+	@rm -rf runs/demo
+	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo)
+	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --root data/demo/sen12ms --arch resnet18 --size 64 --lr 0.03 --tau 0.99 --epochs 10 --out runs/demo)
+	@echo; echo "encoder: $(ENCODER), what it saw: runs/demo/views.png"
+
+lint: environment  ## ruff and clang-format
+	$(PY) -m pip install --quiet --disable-pip-version-check ruff clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+
+bench: build  ## speed of the loader and the training step beside others, as ratios
+	$(PY) tests/bench_loader.py
+
+clean:  ## remove what make built; data, runs, results and the report stay
+	rm -rf build dist *.egg-info *.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

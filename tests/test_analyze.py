@@ -1,0 +1,699 @@
+"""analyze.py: from a tree of made-up results to tables, tests, plots and one page.
+
+Numbers are compared with scipy and with values from R's manual; the page is opened in Chromium and
+the LaTeX is set by pdflatex where they are installed.
+"""
+
+import base64
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import analyze  # noqa: E402
+
+SCRIPT = Path(analyze.__file__)
+RGB, RE, SAR = ["Red", "Green", "Blue"], ["RE5", "RE6", "RE7"], ["SAR1", "SAR2", "SAR1"]
+CLASSES = "AnnualCrop Forest Herbs Highway Industrial Pasture Crop Homes River Sea".split()
+LAND = "Forest Shrubland Grassland Wetlands Croplands Urban Barren Water".split()
+MS = analyze.BANDS[:10]
+
+
+def result(stage="probe", name="RS-BYOL-1", bands=("Red",), seed=0, score=0.8, **changes) -> dict:
+    """A result as DESIGN section 4 has it; `changes` replace keys of it, or else of config."""
+    names = CLASSES if stage == "probe" else LAND
+    n = len(names)
+    confusion = [[int(100 * score) if i == j else 3 for j in range(n)] for i in range(n)]
+    per_class = {c: min(1.0, max(0.0, score - 0.1 + 0.02 * i)) for i, c in enumerate(names)}
+    metrics = {
+        "f1_macro": score,
+        "f1_weighted": score,
+        "accuracy": score,
+        "f1_per_class": per_class,
+    }
+    if stage == "segment":
+        metrics = {"miou": score, "aa": min(1.0, score + 0.13), "pixel_accuracy": score,
+                   "iou_per_class": per_class, "recall_per_class": per_class}  # fmt: skip
+    config = {"size": 64, "head": "mlp" if stage == "probe" else "deeplabv3", "bn": "encoder",
+              "arch": "resnet50", "epochs": 100, "classes": names, "synthetic": False}  # fmt: skip
+    sha = (
+        None if name in ("Random init", "Scratch supervised") else (f"{sum(name.encode()):08x}" * 8)
+    )
+    made = {
+        "schema": 1, "stage": stage, "dataset": "eurosat" if stage == "probe" else "dfc2020",
+        "split": "random", "subset": 7000 if stage == "probe" else None,
+        "weights": {"name": name, "source": f"runs/{name}/encoder.safetensors", "sha256": sha},
+        "bands": list(bands), "seed": seed, "metrics": metrics | {"confusion": confusion},
+        "config": config, "versions": {"torch": "2.12.0"}, "seconds": {"read": 1, "train": 2},
+    }  # fmt: skip
+    for key, value in changes.items():
+        (made if key in made else made["config"])[key] = value
+    return made
+
+
+def write(folder: Path, data: dict, stem: str | None = None) -> Path:
+    """Write one result where probe.py would."""
+    name = re.sub(r"\W+", "-", data["weights"]["name"])
+    words = [data["stage"], data["dataset"], str(data["subset"]), *data["bands"], name]
+    stem = stem or "-".join([*words, f"seed{data['seed']}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def fill(
+    folder: Path, stage: str, scores: dict[str, float], bands: list, seeds: int, **changes
+) -> list:
+    """Results of every weights, bands and seed; scores drift with each, reproducibly."""
+    rng, paths = np.random.default_rng(len(str(folder)) + seeds), []
+    for name, score in scores.items():
+        for band in bands:
+            shift = 0.02 * np.sin(7 * len(paths))
+            for seed in range(seeds):
+                value = float(np.clip(score + shift + 0.01 * rng.standard_normal(), 0, 1))
+                made = result(
+                    stage, name, [band] if isinstance(band, str) else band, seed, value, **changes
+                )
+                paths.append(write(folder, made))
+    return paths
+
+
+ONE = {
+    "Random init": 0.55,
+    "Scratch supervised": 0.80,
+    "RS-BYOL-1 MS only": 0.76,
+    "RS-BYOL-1": 0.82,
+}
+THREE = {"Random init": 0.45, "Scratch supervised": 0.85, "ImageNet supervised": 0.87,
+         "BYOL ImageNet": 0.86, "SeCo": 0.87, "RS-BYOL-3 S1S2": 0.88}  # fmt: skip
+VARIANTS = {
+    "Random init": 0.31,
+    "RS-BYOL-1": 0.57,
+    "RS-BYOL-1 w/150K": 0.571,
+    "RS-BYOL-1 w/64BS": 0.58,
+}
+TRIPLED = {"Random init": 0.2, "RS-BYOL-3 S1S2": 0.5, "SeCo": 0.49}
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """results/ and runs/ as a week of work leaves them; nothing in it is broken."""
+    root = tmp_path_factory.mktemp("tree")
+    one = fill(root / "results/a", "probe", ONE, MS, 3)
+    fill(root / "results/b", "probe", THREE, [RGB, RE], 3)
+    fill(root / "results/b", "probe", THREE, [RGB, RE], 2, subset=None)
+    few = {"Random init": 0.3, "RS-BYOL-3 S1S2": 0.8}
+    fill(root / "results/c", "probe", few, [RGB, RE, SAR], 3, dataset="sen12ms", subset=5000)
+    maps = fill(root / "results/d", "segment", VARIANTS, analyze.BANDS, 3)
+    fill(root / "results/e", "segment", TRIPLED, [RGB, RE, SAR], 1)
+    demo = {"dataset": "sen12ms", "subset": None, "synthetic": True}
+    fill(root / "results/demo", "probe", {"Random init": 0.5}, ["Red", "SAR1"], 3, **demo)
+    fill(root / "results/demo", "probe", {"RS-BYOL-1": 0.49}, ["Red", "SAR1"], 3, **demo,
+         encoder_synthetic=True)  # fmt: skip
+    rng = np.random.default_rng(0)
+    for path in one:
+        if "Red" in path.name and "seed0" in path.name:
+            labels = np.arange(120) % 10
+            features = (labels[:, None] + rng.standard_normal((120, 64))).astype(np.float32)
+            names = np.array([f"image{i}" for i in range(120)])
+            np.savez(beside(path, "-embeddings.npz"), features=features, labels=labels, names=names)
+            sheet = rng.integers(0, 255, (60, 200, 3), np.uint8)
+            Image.fromarray(sheet).save(beside(path, "-cam.png"))
+        elif "-NNIR-RS-BYOL-1-MS" in path.name:
+            path.unlink()
+    Image.fromarray(np.full((80, 800, 3), 90, np.uint8)).save(beside(maps[0], "-maps.png"))
+    write_run(root / "runs/single", seed=0)
+    write_run(root / "runs/ms-only", seed=1)
+    return root
+
+
+def beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.stem + ending)
+
+
+def write_run(folder: Path, seed: int, last: str = "") -> None:
+    """log.jsonl and config.json of a run whose learning rate restarts at steps 100 and 300."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    config = {"settings": {"mode": "single", "seed": seed}, "pairs": {"synthetic": seed == 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = []
+    for step in range(0, 700, 5):
+        start, length = next((s, n) for s, n in ((0, 100), (100, 200), (300, 400)) if step < s + n)
+        lr = 0.002 + 0.099 * (1 + np.cos(np.pi * (step - start) / length))
+        loss = 0.4 + 3 * np.exp(-step / 100) + 0.02 * rng.standard_normal() + 0.1 * seed
+        line = {
+            "step": step,
+            "epoch": step / 10,
+            "loss": loss,
+            "lr": lr,
+            "std": 0.05,
+            "cosine": 0.8,
+        }
+        lines.append(json.dumps(line) + "\n")
+    (folder / "log.jsonl").write_text("".join(lines) + last)
+
+
+def run(*argv: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, argv)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # t-SNE's threads fight over busy machines
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+
+
+def tables_of(folder: Path) -> tuple[list[dict], list[str]]:
+    faults: list[str] = []
+    paths = analyze.find_files(folder, faults)
+    return analyze.build_tables(analyze.read_results(paths, faults), faults), faults
+
+
+def csv_rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def report(tree, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "report"
+    done = run(tree / "results", "--out", out, "--runs", tree / "runs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == str(out / "index.html")
+    return out
+
+
+def seed_means(folder: Path, name: str, metric: str, bands: list[str]) -> np.ndarray:
+    """Mean over seeds for each band, straight from the JSON."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    mine = [r for r in found if r["weights"]["name"] == name]
+    return np.array([np.mean([r["metrics"][metric] for r in mine if r["bands"] == [band]])
+                     for band in bands])  # fmt: skip
+
+
+# ---- tests of significance
+
+
+def test_paired_tests_over_bands_equal_scipy_on_the_seed_means(tree, report):
+    found = csv_rows(report / "tests.csv")
+    found = [r for r in found if r["metric"] == "mIoU" and r["channels"] == "1"]
+    rows = {(r["a"], r["b"]): r for r in found if r["test"] == "paired t over bands"}
+    assert len(rows) == 6
+    for (a, b), row in rows.items():
+        x, y = (100 * seed_means(tree / "results/d", n, "miou", analyze.BANDS) for n in (a, b))
+        t, w = stats.ttest_rel(x, y), stats.wilcoxon(x, y)
+        low, high = t.confidence_interval()
+        d = (x - y).mean() / (x - y).std(ddof=1)
+        expected = [
+            12,
+            t.statistic,
+            11,
+            t.pvalue,
+            (x - y).mean(),
+            low,
+            high,
+            d,
+            w.statistic,
+            w.pvalue,
+        ]
+        keys = "n t df p difference low high d w p_w".split()
+        assert [float(row[key]) for key in keys] == pytest.approx(expected, rel=1e-9)
+    p = sorted(float(row["p"]) for row in rows.values())
+    smallest = min(rows.values(), key=lambda row: float(row["p"]))
+    assert float(smallest["p_holm"]) == pytest.approx(min(1, 6 * p[0]))
+
+
+def test_a_missing_band_leaves_the_pairs_that_both_have(report):
+    rows = [r for r in csv_rows(report / "tests.csv") if r["test"] == "paired t over bands"
+            and r["dataset"] == "eurosat" and r["channels"] == "1"]  # fmt: skip
+    assert {r["n"] for r in rows if "RS-BYOL-1 MS only" in (r["a"], r["b"])} == {"9"}
+    assert {r["n"] for r in rows if "RS-BYOL-1 MS only" not in (r["a"], r["b"])} == {"10"}
+
+
+def test_welch_over_seeds_equals_scipy():
+    rng = np.random.default_rng(1)
+    for n, m in ((2, 3), (5, 5), (3, 9)):
+        a, b = rng.normal(0.8, 0.02, n), rng.normal(0.75, 0.05, m)
+        test, t = analyze.welch_test(a, b), stats.ttest_ind(a, b, equal_var=False)
+        low, high = t.confidence_interval()
+        got = [test[key] for key in "t df p low high difference".split()]
+        assert got == pytest.approx([t.statistic, t.df, t.pvalue, low, high, a.mean() - b.mean()])
+
+
+def test_holm_gives_what_r_gives():
+    p = [0.01, 0.02, 0.03, 0.04, 0.05]  # R: p.adjust(p, "holm")
+    tests = analyze.correct([{"p": x} for x in reversed(p)] + [{"note": "not tested"}])
+    assert [t.get("p_holm") for t in tests[::-1]] == pytest.approx(
+        [None, 0.05, 0.08, 0.09, 0.09, 0.09]
+    )
+    assert [t["p_holm"] for t in analyze.correct([{"p": 0.6}, {"p": 0.9}])] == [1.0, 1.0]
+
+
+def test_fewer_than_three_pairs_are_not_tested_and_said_so():
+    two = analyze.paired_test(np.array([0.5, 0.6]), np.array([0.4, 0.4]))
+    assert two == {
+        "n": 2,
+        "difference": pytest.approx(0.15),
+        "note": "fewer than three pairs: not tested",
+    }
+    assert "p" not in analyze.paired_test(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.5, 0.6]))
+    assert (
+        "fewer than two seeds" in analyze.welch_test(np.array([0.5]), np.array([0.4, 0.3]))["note"]
+    )
+    assert "no spread" in analyze.welch_test(np.array([0.5, 0.5]), np.array([0.4, 0.4]))["note"]
+
+
+def test_the_papers_table_one_gives_its_t_values():
+    *tables, (_, header, rows) = analyze.paper_tables()
+    assert len(rows) == 6  # three pairs of variants, mIoU and AA
+    first = dict(zip(header, rows[0], strict=True))
+    a = [54.8, 57.7, 57.8, 58.3, 54.5, 56.6, 57.6, 55.5, 58.1, 58.5, 57.2, 57.2]
+    b = [54.3, 58.6, 57.6, 57.6, 56.4, 56.6, 57.6, 55.3, 57.6, 57.9, 57.5, 57.5]
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    mean = sum(d) / 12
+    t = mean / (sum((x - mean) ** 2 for x in d) / 11 / 12) ** 0.5
+    assert (first["a"], first["b"]) == ("RS-BYOL-1", "RS-BYOL-1 w/150K")
+    assert (first["t"], first["df"]) == (f"{t:.3f}", "11") == ("-0.274", "11")
+    assert first["p"] == "0.7893"  # scipy.stats.ttest_rel; the paper: not significant
+    assert [row[6] for row in rows[1:3]] == ["-1.931", "-1.914"]
+    for row in tables[0][2]:  # the paper's means, within its rounding: no figure is mistyped
+        assert abs(np.mean([float(x) for x in row[2:14]]) - float(row[14])) < 0.02, row
+
+
+def test_cells_are_mean_and_t_interval_over_seeds(tmp_path):
+    for seed, score in enumerate([0.1, 0.2, 0.3, 0.4, 0.5]):
+        write(tmp_path, result(bands=["Red"], seed=seed, score=score))
+    write(tmp_path, result(bands=["Blue"], score=0.25))
+    (table,), _ = tables_of(tmp_path)
+    red = table["cells"]["RS-BYOL-1", "f1_macro", "Red"]
+    half = 2.776445 * (0.025 / 5) ** 0.5  # t(0.975, 4) of a printed table; the variance is 0.025
+    assert (red["n"], red["mean"], red["half"]) == (5, pytest.approx(0.3), pytest.approx(half))
+    assert analyze.cell_text(table, "RS-BYOL-1", "f1_macro", "Blue")[0] == "0.250"  # one seed
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("change", [
+    {"dataset": "sen12ms"}, {"split": "spatial"}, {"subset": None}, {"subset": 5000}, {"size": 224},
+    {"classes": ["a", "b"]}, {"head": "linear"}, {"bn": "reestimate"}, {"synthetic": True},
+    {"images": "abcd"},
+])  # fmt: skip
+def test_different_settings_never_share_a_table(tmp_path, change):
+    write(tmp_path, result(seed=0, score=0.8), "one")
+    write(tmp_path, result(seed=1, score=0.2, **change), "two")
+    tables, faults = tables_of(tmp_path)
+    means = [cell["mean"] for t in tables for cell in t["cells"].values()]
+    assert sorted(means) == [0.2, 0.8] and len(tables) == 2 and not faults
+    assert len({analyze.caption_of(table) for table in tables}) == 2 or "images" in change
+
+
+@pytest.mark.parametrize("change", [{"arch": "resnet18"}, {"epochs": 10}, {"lr": 0.5}])
+def test_other_encoders_of_one_name_are_rows_of_their_own(tmp_path, change):
+    write(tmp_path, result(seed=0, score=0.8), "one")
+    write(tmp_path, result(seed=1, score=0.2, **change), "two")
+    other = result(seed=2, score=0.5)
+    other["weights"]["sha256"] = "feedbeef" * 8
+    write(tmp_path, other, "three")
+    (table,), faults = tables_of(tmp_path)
+    labels = [row["label"] for row in table["rows"]]
+    assert len(set(labels)) == 3 and not faults
+    assert any("feedbeef" in label for label in labels)
+    assert any(str(next(iter(change.values()))) in label for label in labels)
+
+
+def test_random_weights_of_different_seeds_are_one_row(tmp_path):
+    for seed in range(3):
+        made = result(name="Random init", seed=seed)
+        made["weights"]["sha256"] = f"{seed}" * 64
+        write(tmp_path, made)
+    (table,), _ = tables_of(tmp_path)
+    assert [row["label"] for row in table["rows"]] == ["Random init"]
+
+
+def test_the_papers_figures_stand_only_beside_the_papers_data(tmp_path):
+    def paper(stage: str, name: str, bands: list[str], metric: str, **changes) -> str:
+        made = result(stage, name, bands, **changes)
+        return analyze.paper_value(
+            analyze.table_settings(made), name, metric, analyze.column_of(made)
+        )
+
+    assert paper("segment", "RS-BYOL-1 w/64BS", ["Green"], "miou") == "59.6"
+    assert paper("segment", "RS-BYOL-1", ["SAR2"], "aa") == "70.5"
+    assert paper("segment", "SeCo", SAR, "aa") == "60.9"
+    assert paper("probe", "SeCo", RGB, "f1_macro") == "0.90"
+    assert paper("probe", "SeCo", RGB, "f1_macro", subset=None) == "0.92"
+    assert (
+        paper("probe", "RS-BYOL-3 S1S2", SAR, "f1_macro", dataset="sen12ms", subset=5000) == "0.83"
+    )
+    assert paper("probe", "Random init", RGB, "f1_macro", dataset="resisc45", subset=None) == "0.36"
+    for changes in ({"subset": 500}, {"dataset": "eurosat-rgb"}, {"synthetic": True}):
+        assert paper("probe", "SeCo", RGB, "f1_macro", **changes) == ""
+    assert paper("probe", "SeCo", ["Red"], "f1_macro") == ""
+    assert paper("segment", "RS-BYOL-1", ["Green"], "miou", classes=["c"] * 10) == ""
+    assert paper("segment", "RS-BYOL-1", ["Green"], "miou", dataset="csv") == ""
+
+
+def test_every_format_has_the_figures_and_a_dash_where_a_run_is_missing(report):
+    rows = csv_rows(report / "tables.csv")
+    miss = [r for r in rows if r["bands"] == "NNIR" and r["weights"] == "RS-BYOL-1 MS only"]
+    assert [(r["mean"], r["half_width_95"], r["seeds"]) for r in miss] == [("-", "-", "0")]
+    mean = [r for r in rows if r["bands"] == "mean" and r["weights"] == "RS-BYOL-1 MS only"]
+    assert [r["mean"] for r in mean] == ["-"]  # a mean of nine bands is not one of ten
+    green = next(r for r in rows if r["weights"] == "RS-BYOL-1" and r["bands"] == "Green"
+                 and r["metric"] == "mIoU")  # fmt: skip
+    text = f"{float(green['mean']):.1f} ± {float(green['half_width_95']):.1f}"
+    markdown, latex = (report / "tables.md").read_text(), (report / "tables.tex").read_text()
+    assert f"| {text} (57.7) |" in markdown
+    assert text.replace("±", "$\\pm$") in latex and " & 57.7 & " in latex
+    assert f"<td>{text}<br><small>(57.7)</small></td>" in (report / "index.html").read_text()
+    line = next(x for x in markdown.splitlines() if x.startswith("| RS-BYOL-1 MS only | F1"))
+    assert line.split("|")[10].strip() == "–" and "0.000" not in line
+
+
+def test_best_is_bold_only_where_the_difference_is_significant(tmp_path):
+    scores = {"Blue": ([0.80, 0.81, 0.79], [0.50, 0.51, 0.49]),
+              "Red": ([0.80, 0.70, 0.90], [0.79, 0.71, 0.88]), "Green": ([0.8], [0.5])}  # fmt: skip
+    for band, values in scores.items():
+        for name, seeds in zip(("RS-BYOL-1", "Random init"), values, strict=True):
+            for seed, score in enumerate(seeds):
+                write(tmp_path, result(name=name, bands=[band], seed=seed, score=score))
+    (table,), _ = tables_of(tmp_path)
+    bold = {key for key, cell in table["cells"].items() if cell["bold"]}
+    assert bold == {("RS-BYOL-1", "f1_macro", "Blue")}
+    assert "**0.800 ± 0.025**" in analyze.tables_markdown([table])
+
+
+# ---- what is left out
+
+
+def test_broken_unknown_and_duplicate_results_are_named_and_left_out(tmp_path):
+    results = tmp_path / "results"
+    good = write(results, result())
+    same = write(results / "z", result(score=0.3))
+    bad = {
+        "future": json.dumps(result() | {"schema": 2}), "torn": good.read_text()[:200],
+        "list": "[1]", "config": '{"lr": 1}', "deep": "[" * 100_000, "bytes": "\udcff",
+        "stage": json.dumps(result() | {"stage": "detect"}),
+        "band": json.dumps(result() | {"bands": ["B99"]}),
+        "nan": json.dumps(result(score=0.5)).replace('"f1_macro": 0.5', '"f1_macro": NaN'),
+        "percent": json.dumps(result()).replace('"f1_macro": 0.8', '"f1_macro": 80.0'),
+        "lacking": json.dumps({k: v for k, v in result().items() if k != "metrics"}),
+    }  # fmt: skip
+    for name, text in bad.items():
+        (results / f"{name}.json").write_bytes(text.encode(errors="surrogateescape"))
+    (results / "notes.txt").write_text("no JSON, so no matter")
+    done = run(results, "--out", tmp_path / "report", "--no-tsne")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    named = [line.split("left out: ")[1].split(": ")[0] for line in done.stderr.splitlines()]
+    assert sorted(named) == sorted([str(results / f"{name}.json") for name in bad] + [str(same)])
+    assert "schema 2 is unknown" in done.stderr and f"the same run as {good}" in done.stderr
+    assert [r["mean"] for r in csv_rows(tmp_path / "report/tables.csv")] == ["0.8"]
+    assert "schema 2 is unknown" in (tmp_path / "report/index.html").read_text()
+
+
+def test_a_second_result_of_one_seed_says_which_settings_differ(tmp_path):
+    write(tmp_path, result(), "a")
+    write(tmp_path, result(optimiser="adam"), "b")
+    _, (fault,) = tables_of(tmp_path)
+    assert fault.startswith(str(tmp_path / "b.json")) and "settings that differ: optimiser" in fault
+
+
+def test_broken_embeddings_sheets_and_logs_are_named_and_left_out(tmp_path):
+    path = write(tmp_path / "results", result())
+    beside(path, "-embeddings.npz").write_bytes(b"PK no zip")
+    beside(path, "-cam.png").write_bytes(b"\x89PNG no image")
+    write_run(tmp_path / "runs/ok", 0, last='{"step": 700, "lo')  # still being written: no fault
+    write_run(tmp_path / "runs/bad", 1, last='{"step": 700}\n')
+    done = run(tmp_path / "results", "--out", tmp_path / "report", "--runs", tmp_path / "runs")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 3
+    for part in ("-embeddings.npz: no embeddings", "-cam.png: no PNG", "bad/log.jsonl: line 141"):
+        assert part in done.stderr
+    pickled = tmp_path / "pickled.npz"
+    np.savez(pickled, features=np.array([{}], object), labels=np.zeros(1, int))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        analyze.read_embeddings(pickled)
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["nowhere"], ["{ok}", "--runs", "nowhere"], ["{ok}", "--out", "{ok}"],
+    ["{ok}", "--out", "{ok}/r.json"],
+])  # fmt: skip
+def test_wrong_use_ends_with_status_two_and_one_line(tmp_path, argv, capsys):
+    write(tmp_path / "ok", result(), "r")
+    with pytest.raises(SystemExit) as stop:
+        analyze.main([a.format(ok=tmp_path / "ok") for a in argv])
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert [p.name for p in tmp_path.rglob("*")] == ["ok", "r.json"]
+
+
+def test_nothing_to_report_is_bad_data(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        analyze.main([str(tmp_path), "--out", str(tmp_path / "report")])
+    assert stop.value.code == 1 and "no result" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+# ---- the folder
+
+
+def test_only_an_own_earlier_report_is_overwritten(tmp_path):
+    path = write(tmp_path / "results", result())
+    out = tmp_path / "report"
+    argv = [str(tmp_path / "results"), "--out", str(out), "--no-tsne"]
+    assert analyze.main(argv) == 0
+    (out / "mine.txt").write_text("notes")
+    page = (out / "index.html").read_bytes()
+    assert analyze.main(argv) == 0 and (out / "index.html").read_bytes() == page  # reproducible
+    path.unlink()
+    write(tmp_path / "results", result("segment"))
+    assert analyze.main(argv) == 0
+    names = {p.name for p in out.iterdir()}
+    assert "mine.txt" in names and not any("probe" in name for name in names)  # stale figures left
+    write(tmp_path / "results", result())
+    (out / "02-probe-eurosat-1ch-bands.png").write_text("somebody's")
+    with pytest.raises(SystemExit) as stop:
+        analyze.main(argv)
+    assert stop.value.code == 2
+    assert (out / "02-probe-eurosat-1ch-bands.png").read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("marker", ["", "[", '["../results/r.json"]', '{"a": 1}', '["a/b"]', "[1]"])
+def test_a_folder_with_a_wrong_marker_is_refused(tmp_path, marker):
+    write(tmp_path / "results", result(), "r")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / analyze.MARKER).write_text(marker)
+    with pytest.raises(SystemExit) as stop:
+        analyze.main([str(tmp_path / "results"), "--out", str(tmp_path / "out"), "--no-tsne"])
+    assert stop.value.code == 2 and (tmp_path / "results/r.json").exists()
+
+
+def test_a_report_that_was_killed_can_be_written_again(tmp_path, monkeypatch):
+    files, out, count = {"a.md": b"1", "index.html": b"2"}, tmp_path, []
+
+    def killed(path, write):
+        count.append(path)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return real(path, write)
+
+    real = analyze.write_atomic
+    monkeypatch.setattr(analyze, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        analyze.write_report(out, files, set())
+    monkeypatch.undo()
+    assert analyze.earlier_report(out) == set(files)
+    analyze.write_report(out, files, analyze.earlier_report(out))
+    assert (out / "index.html").read_bytes() == b"2"
+
+
+# ---- text, plots, page
+
+
+EVIL = "<script>alert(1)</script> & | 50% _x_ $y$ #{z} ~^\\ \u03b2 \u2713"
+
+
+def balanced(latex: str) -> None:
+    begun = re.findall(r"\\begin\{(\w+\*?)\}", latex)
+    assert (
+        begun
+        and begun[::-1] != begun
+        and sorted(begun) == sorted(re.findall(r"\\end\{(\w+\*?)\}", latex))
+    )
+    plain = re.sub(r"\\[{}]", "", latex)
+    assert plain.count("{") == plain.count("}")
+
+
+def test_names_cannot_break_the_page_or_the_tables(tmp_path):
+    write(tmp_path / "results", result(name=EVIL), "evil")
+    write(tmp_path / "results", result(), "good")
+    assert (
+        analyze.main([str(tmp_path / "results"), "--out", str(tmp_path / "out"), "--no-tsne"]) == 0
+    )
+    page = (tmp_path / "out/index.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    tables, _ = tables_of(tmp_path / "results")
+    lines = [x for x in analyze.tables_markdown(tables).splitlines() if x.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
+    latex = analyze.tables_latex(tables)
+    assert (
+        r"\& | 50\% \_x\_ \$y\$ \#\{z\} \textasciitilde{}\textasciicircum{}\textbackslash{} ? ?"
+        in latex
+    )
+    balanced(latex)
+    set_by_pdflatex(tmp_path, latex)
+
+
+def set_by_pdflatex(folder: Path, latex: str) -> None:
+    if not shutil.which("pdflatex"):
+        return
+    document = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n"
+    (folder / "t.tex").write_text(document + latex + "\n\\end{document}\n")
+    command = ["pdflatex", "-halt-on-error", "-interaction=batchmode", "t.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True)
+    assert done.returncode == 0, (folder / "t.log").read_text()[-2000:]
+
+
+def test_latex_is_balanced(report):
+    balanced((report / "tables.tex").read_text())
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_compiles(report, tmp_path):
+    set_by_pdflatex(tmp_path, (report / "tables.tex").read_text())
+
+
+def test_every_figure_is_png_and_svg_and_stands_in_the_page(report):
+    stems = {p.stem for p in report.glob("*.png")}
+    assert stems == {p.stem for p in report.glob("*.svg")} and "runs" in stems
+    for part in ("1ch-bands", "1ch-classes", "1ch-confusion", "1ch-tsne", "3ch-bands"):
+        assert any(stem.endswith(part) for stem in stems), part
+    page = (report / "index.html").read_text()
+    images = re.findall(r'src="data:image/([a-z+]+);base64,([^"]+)"', page)
+    assert len(images) == len(stems) + 4 + 1  # CAM sheets of four weights, one map sheet
+    for kind, data in images:
+        start = base64.b64decode(data)[:300]
+        assert (
+            start.startswith(b"\x89PNG") if kind == "png" else b"<svg" in start or b"<?xml" in start
+        )
+
+
+def test_restarts_are_drawn_where_the_rate_rises(tree):
+    runs = [analyze.read_run(tree / "runs/single/log.jsonl", [])]
+    figure = analyze.draw_runs(runs)
+    lines = [x for x in figure.axes[0].lines if x.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in lines] == [100, 300]
+
+
+def test_the_page_says_which_data_were_synthetic(report):
+    page = (report / "index.html").read_text()
+    assert "Synthetic images, made by a program: table 3." in page
+    assert "Pre-trained on synthetic tiles: RS-BYOL-1." in page
+    assert "Pre-training runs on synthetic tiles: ms-only." in page
+    rows = csv_rows(report / "tables.csv")
+    assert {r["dataset"] for r in rows if r["synthetic"] == "True"} == {"sen12ms"}
+
+
+@pytest.mark.parametrize("score, words", [
+    (0.7, "beats Random init by 0.200 F1"), (0.3, "is WORSE than Random init by 0.200 F1"),
+    (0.501, "does NOT beat Random init significantly"),
+])  # fmt: skip
+@pytest.mark.parametrize("bands", [["Red", "Green", "Blue", "NIR"], ["Red"]])
+def test_the_verdict_says_whether_pre_training_beats_random(tmp_path, score, words, bands):
+    for i, band in enumerate(bands):
+        for seed in range(3):
+            shake, shift = 0.01 * (seed - 1), 0.005 * (-1) ** i * (len(bands) > 1)
+            low, high = 0.5 - shake - shift, score + 0.5 * shake + shift
+            write(tmp_path, result(bands=[band], seed=seed, score=high))
+            write(tmp_path, result(name="Random init", bands=[band], seed=seed, score=low))
+    (table,), _ = tables_of(tmp_path)
+    (line,) = analyze.verdicts(table)
+    assert words in line and "95 % interval" in line
+    assert ("paired over 4 bands" in line) == (len(bands) == 4)
+
+
+def test_without_random_weights_there_is_no_verdict(tmp_path):
+    write(tmp_path, result())
+    (table,), _ = tables_of(tmp_path)
+    assert "no random encoder" in analyze.verdicts(table)[0]
+
+
+def test_the_paper_is_printed_alone():
+    done = run("--paper")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "| RS-BYOL-1 w/64BS | mIoU | 57.7 | 59.6 |" in done.stdout
+    assert (
+        "| RS-BYOL-3 S1S2 | 0.88 | 0.88 | 0.90 | 0.90 | 0.82 | 0.81 | 0.83 | 0.86 |" in done.stdout
+    )
+    assert "| RS-BYOL-3 S1S2 | mIoU | 51.6 | 51.3 | 51.6 |" in done.stdout
+
+
+def test_torch_is_never_imported_and_matplotlib_only_for_plots(tmp_path):
+    write(tmp_path / "results", result())
+    code = """if True:
+        import sys, analyze
+        analyze.main(["--paper"])
+        assert "matplotlib" not in sys.modules
+        analyze.main(sys.argv[1:])
+        assert "matplotlib" in sys.modules and not {"torch", "bandcrop"} & set(sys.modules)
+    """
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "results"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+def open_in_browser(page: Path, profile: Path) -> tuple[str, str]:
+    """The page's DOM, and what the browser's log says of its console and of loading."""
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+             "--disable-background-networking --disable-component-update --enable-logging=stderr "
+             "--dump-dom --virtual-time-budget=5000").split()  # fmt: skip
+    command = [CHROMIUM, *flags, f"--user-data-dir={profile}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = [x for x in done.stderr.splitlines() if "CONSOLE" in x or "ERR_" in x]
+    return done.stdout, "\n".join(said)
+
+
+COUNT = """<script>addEventListener("load", () => {
+document.title = [...document.images].filter(i => !i.naturalWidth).length + " broken"})</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+def test_a_browser_opens_the_page_and_nothing_fails_to_load(report, tmp_path):
+    dom, said = open_in_browser(report / "index.html", tmp_path / "profile")
+    assert said == "" and "what the encoders learnt" in dom and dom.rstrip().endswith("</html>")
+    copy, page = tmp_path / "copy.html", (report / "index.html").read_text()
+    copy.write_text(page + COUNT)
+    assert "<title>0 broken</title>" in open_in_browser(copy, tmp_path / "profile")[0]
+    # the check itself tells a broken picture and an error on the console
+    copy.write_text(page + COUNT + '<img src="nowhere.png"><script>nothing.at.all()</script>')
+    dom, said = open_in_browser(copy, tmp_path / "profile")
+    assert "<title>1 broken</title>" in dom and "CONSOLE" in said
+
+
+def test_the_page_asks_for_nothing_outside_itself(report):
+    page = (report / "index.html").read_text()
+    links = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
+    assert links and all(link.startswith("data:") for link in links)
+    assert not re.search(r"url\(|@import|<script|<iframe|<object", page)
+    assert 'name="viewport"' in page
