@@ -32,6 +32,7 @@ codecs:
 	  || echo "libdeflate-dev and libzstd-dev could not be installed: going on without"; fi
 
 build: environment codecs  ## install the dependencies and the extension into the active Python
+	@echo "installing into $$($(PY) -c 'import sys; print(sys.prefix)') (PyTorch: some minutes the first time)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable .
 	@$(PY) -c 'import bandcrop; print("bandcrop reads:", ", ".join(bandcrop.codecs()))'
 
