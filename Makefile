@@ -50,7 +50,7 @@ lint: environment  ## ruff and clang-format
 	$(PY) -m pip install --quiet --disable-pip-version-check ruff clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(CXX_FILES)
 
 bench: build  ## speed of the loader and the training step beside others, as ratios
 	$(PY) tests/bench_loader.py
