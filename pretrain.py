@@ -444,8 +444,9 @@ def prepare() -> tuple[argparse.Namespace, Archive, dict]:
     """Everything that can be refused before torch is imported: flags, archive, output folder."""
     args = make_parser().parse_args()
     first = int(os.environ.get("RANK", 0)) == 0  # torchrun; only the first process writes
-    if util.find_spec("bandcrop") is None:
-        fail(2, "the extension bandcrop is not installed: run make build")
+    needs = ("bandcrop", "torch", "torchvision", "safetensors", "PIL")
+    if missing := [name for name in needs if util.find_spec(name) is None]:
+        fail(2, f"not installed in {sys.executable}: {', '.join(missing)}; run make build")
     archive = open_archive(args)
     pairs = len(archive.names)
     name = variant(args.mode, args.views, pairs, args.batch_size)
