@@ -40,11 +40,19 @@ test: environment codecs  ## build, then run all tests
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(PY) -m pytest -q
 
-demo: build  ## synthetic archive, pre-training of a small encoder, under 5 minutes on 2 cores
-	@rm -rf runs/demo
+DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --seeds 3 --head linear --out results/demo
+DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --band NIR --arch resnet18 --size 64 --num-images 24 --epochs 15 --maps 4 --out results/demo
+
+demo: build  ## synthetic archive, pre-training, probe, segmentation, one page: under 5 minutes on 2 cores
+	@rm -rf runs/demo results/demo
 	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo)
-	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --root data/demo/sen12ms --arch resnet18 --size 64 --lr 0.03 --tau 0.99 --epochs 10 --out runs/demo)
-	@echo; echo "encoder: $(ENCODER), what it saw: runs/demo/views.png"
+	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --root data/demo/sen12ms --arch resnet18 --size 64 --lr 0.03 --tau 0.99 --epochs 20 --out runs/demo)
+	$(call stage,Probe of the pre-trained encoder for each band,$(DEMO_PROBE) --band all --weights $(ENCODER))
+	$(call stage,Probe of a random encoder for each band,$(DEMO_PROBE) --band all --weights random)
+	$(call stage,Land cover from the pre-trained encoder,$(DEMO_SEGMENT) --weights $(ENCODER))
+	$(call stage,Land cover from a random encoder,$(DEMO_SEGMENT) --weights random)
+	$(call stage,Tables and tests and plots and one page,$(PY) analyze.py results/demo --runs runs/demo --out report/demo)
+	@echo; echo "look at report/demo/index.html"
 
 lint: environment  ## ruff and clang-format
 	$(PY) -m pip install --quiet --disable-pip-version-check ruff clang-format

@@ -179,12 +179,12 @@ void Pool::run(Worker& worker, Batch& batch, std::size_t index, int attempt,
         lock.lock();
     }
     --batch.running_;
-    batch.bytes_read += bytes_read;
     if (status.code == Status::not_cached) {
         batch.again_.push_back({index, attempt});
         work_to_do_.notify_one();
     } else {
         ++batch.done_;
+        batch.bytes_read += bytes_read;
         if (!status.ok()) {
             batch.errors[index] = std::move(status.message);
             batch.first_failed_ = std::min(batch.first_failed_, index);

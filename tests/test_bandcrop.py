@@ -311,17 +311,20 @@ def test_reads_only_the_rows_that_a_window_needs(tmp_path):
     assert report.bytes_read == 256 * 256 * 2
 
 
-def test_files_out_of_the_page_cache_give_the_same(tmp_path):
-    paths, bands, windows, orient = batch_of_files(tmp_path)
+@pytest.mark.parametrize("file_per_band", [False, True])
+def test_files_out_of_the_page_cache_give_the_same(tmp_path, file_per_band):
+    files, bands, windows, orient = batch_of_files(tmp_path)
+    paths = [[file, files[-1 - i]] for i, file in enumerate(files)] if file_per_band else files
     warm, cold = np.zeros((2, 24, 2, 50, 50), np.float32)
     reader = bandcrop.Reader(2)
-    reader.fill(warm, paths, bands, windows, orient)
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    reader.submit(cold, paths, bands, windows, orient).wait()
+    expected = reader.fill(warm, paths, bands, windows, orient)
+    for file in files[::2]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    report = reader.submit(cold, paths, bands, windows, orient).wait()
     np.testing.assert_array_equal(cold, warm)
+    assert report.bytes_read == expected.bytes_read
 
 
 def test_fill_writes_into_a_tensor_in_place(tmp_path):
