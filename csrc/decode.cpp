@@ -21,7 +21,8 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bandcrop runs on little-endian machines");
 
-constexpr std::size_t piece_bytes = 256 * 1024;  // read at a time: well inside a core's own cache
+// Read at a time: whole tiles, as the kernel copies best in one piece, but never a whole scene.
+constexpr std::size_t piece_bytes = std::size_t{4} << 20;
 constexpr std::size_t largest_chunk = std::size_t{1} << 30;  // decompressed; more is refused
 
 // The most bytes that one byte of compressed data can become.

@@ -122,6 +122,20 @@ def test_read_equals_tifffile_on_every_layout(tmp_path, dtype, layout, planar, b
         np.testing.assert_array_equal(out, array[1].astype(np.float32))
 
 
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_an_image_of_several_pieces_is_read_across_their_borders(tmp_path, planar):
+    array = np.random.default_rng(0).integers(0, 60000, (3, 1700, 1900), np.uint16)  # 6 MB a band
+    path = write(tmp_path / "scene.tif", array, planar, rowsperstrip=3)
+    np.testing.assert_array_equal(bandcrop.read(path), array)
+    np.testing.assert_array_equal(
+        bandcrop.read(path, [2, 1], (5, 9, 1690, 7)), array[[2, 1], 5:-5, 9:16]
+    )
+    out = np.zeros((1, 2, 1700, 1900), np.float32)
+    report = bandcrop.Reader(1).fill(out, [path], [[2, 0]])
+    np.testing.assert_array_equal(out[0], array[[2, 0]].astype(np.float32))
+    assert report.bytes_read == array.nbytes * (1 if planar == "contig" else 2 / 3)
+
+
 def test_info_reads_nodata_and_epsg(tmp_path):
     geokeys = (1, 1, 0, 2, 1024, 0, 1, 1, 3072, 0, 1, 32633)
     extra = [(42113, 2, 6, "-9999", True), (34735, 3, len(geokeys), geokeys, True)]
