@@ -65,8 +65,8 @@ class Region {
         std::uint64_t offset, length;
     };
     const std::vector<Range>& ranges() const { return ranges_; }
-    // Reads them or, where a plane is one range, promises to: then the calls below read it in pieces
-    // of a few megabytes, and `source` must live on.
+    // Reads them or, where a plane is one range, promises to: then the calls below read it in
+    // pieces of a few megabytes, and `source` must live on.
     Status read(Source& source);
 
     // How many rows from `y` on the calls below can take at once: 1 at least. Ask before each call.
