@@ -196,28 +196,22 @@ def flaw(data: object) -> str:
         return '"weights" has no "name"'
     if unknown := [band for band in data["bands"] if band not in BANDS] or not data["bands"]:
         return f'"bands" holds {unknown}: expected names among {" ".join(BANDS)}'
-    metrics = data["metrics"]
-    for key in METRICS[data["stage"]]:
-        if type(metrics.get(key)) not in (int, float) or not 0 <= metrics[key] <= 1:
-            return f'metric "{key}" is {metrics.get(key)!r}: expected a number from 0 to 1'
-    per_class = metrics.get(PER_CLASS[data["stage"]])
-    if (
-        type(per_class) is not dict
-        or not per_class
-        or not all(
-            value is None or type(value) in (int, float) and 0 <= value <= 1
-            for value in per_class.values()
-        )
-    ):
-        return f'metric "{PER_CLASS[data["stage"]]}" is missing or holds no number from 0 to 1'
+
+    def number(value: object, most: float) -> bool:
+        return type(value) in (int, float) and 0 <= value <= most
+
+    metrics, key = data["metrics"], PER_CLASS[data["stage"]]
+    for name in METRICS[data["stage"]]:
+        if not number(metrics.get(name), 1):
+            return f'metric "{name}" is {metrics.get(name)!r}: expected a number from 0 to 1'
+    shares = [*metrics[key].values()] if type(metrics.get(key)) is dict else []
+    if not shares or not all(share is None or number(share, 1) for share in shares):
+        return f'metric "{key}" is missing or holds no number from 0 to 1'
     rows = metrics.get("confusion")
-    if (
-        type(rows) is not list
-        or not rows
-        or not all(type(r) is list and len(r) == len(rows) for r in rows)
-    ):
+    lists = type(rows) is list and all(type(row) is list for row in rows)
+    if not lists or not rows or {len(row) for row in rows} != {len(rows)}:
         return 'metric "confusion" is missing or not square'
-    if not all(type(x) in (int, float) and 0 <= x < math.inf for row in rows for x in row):
+    if not all(number(x, sys.float_info.max) for row in rows for x in row):
         return 'metric "confusion" holds something that is no count'
     return ""
 
@@ -439,20 +433,17 @@ def fill_cells(table: dict) -> None:
         means = {}  # label: {band: mean over seeds}
         for row in rows:
             means[row["label"]] = {}
+            draws = {frozenset(seeds) for seeds in row["runs"].values()}
             for column in table["columns"]:
                 cell = {"paper": paper_value(settings, row["name"], metric, column), "bold": False}
-                values = []
-                if column != "mean" or len(row["runs"]) == len(bands):
-                    values = values_of(row, column, metric)
+                whole = column != "mean" or len(row["runs"]) == len(bands)
+                values = values_of(row, column, metric) if whole else []
                 cell["n"], (cell["mean"], cell["half"]) = len(values), summarise(list(values))
                 if column != "mean" and cell["n"]:
                     means[row["label"]][column] = cell["mean"]
-                elif column == "mean" and len({tuple(sorted(s)) for s in row["runs"].values()}) > 1:
+                elif column == "mean" and whole and len(draws) > 1:
                     cell["half"] = math.nan  # bands of other seeds: a mean of means, no interval
-                    whole = len(row["runs"]) == len(bands)
-                    cell["mean"] = (
-                        float(np.mean([*means[row["label"]].values()])) if whole else math.nan
-                    )
+                    cell["mean"] = float(np.mean([*means[row["label"]].values()]))
                 table["cells"][row["label"], metric, column] = cell
         paired = []
         for a, b in itertools.combinations(rows, 2):
@@ -546,18 +537,30 @@ def digits_of(table: dict) -> int:
     return 1 if table["settings"]["stage"] == "segment" else 3
 
 
-def cell_text(table: dict, label: str, metric: str, column: str) -> tuple[str, dict]:
-    """A cell as text "57.9 ± 0.3", without the paper's figure, and the cell."""
-    cell, digits = table["cells"][label, metric, column], digits_of(table)
-    text = DASH if math.isnan(cell["mean"]) else f"{cell['mean']:.{digits}f}"
-    return text + ("" if math.isnan(cell["half"]) else f" ± {cell['half']:.{digits}f}"), cell
+def table_lines(table: dict, plain: Callable[[str], str], bold: str):
+    """Each line of a table: ([label, metric], values "57.9 ± 0.3", the paper's figures or "").
+
+    `plain` escapes a text; `bold` is a format for the best of a column.
+    """
+    digits, metrics = digits_of(table), SHOWN[table["settings"]["stage"]]
+    for row, metric in itertools.product(table["rows"], metrics):
+        cells = [table["cells"][row["label"], metric, column] for column in table["columns"]]
+        texts = []
+        for cell in cells:
+            half = "" if math.isnan(cell["half"]) else f" ± {cell['half']:.{digits}f}"
+            text = plain(fixed(cell["mean"], digits) + half)
+            texts.append(bold.format(text) if cell["bold"] else text)
+        yield [plain(row["label"]), metrics[metric]], texts, [cell["paper"] for cell in cells]
 
 
-def table_lines(table: dict):
-    """Each line of a table: (row, metric, label of the metric)."""
-    for row in table["rows"]:
-        for metric, shown in SHOWN[table["settings"]["stage"]].items():
-            yield row, metric, shown
+def result_rows(table: dict, plain: Callable[[str], str], bold: str, paper: str) -> tuple:
+    """Header and rows of a table; `paper` is a format for the paper's figure behind a value."""
+    rows = [
+        head + [text + (paper.format(figure) if figure else "")
+                for text, figure in zip(texts, figures, strict=True)]
+        for head, texts, figures in table_lines(table, plain, bold)
+    ]  # fmt: skip
+    return ["weights", "", *map(plain, table["columns"])], rows
 
 
 PAIRED_HEADER = ["", "a", "b", "pairs", "a − b", "95 % interval", "t", "df", "p", "p (Holm)",
@@ -667,17 +670,9 @@ def markdown_of_text(title: str, header: list[str], rows: list[list[str]]) -> st
 def tables_markdown(tables: list[dict]) -> str:
     parts = []
     for table in tables:
-        rows = []
-        for row, metric, shown in table_lines(table):
-            line = [plain_markdown(row["label"]), shown]
-            for column in table["columns"]:
-                text, cell = cell_text(table, row["label"], metric, column)
-                text = f"**{text}**" if cell["bold"] else text
-                line.append(text + (f" ({cell['paper']})" if cell["paper"] else ""))
-            rows.append(line)
-        header = ["weights", "", *(plain_markdown(column) for column in table["columns"])]
+        body = markdown_table(*result_rows(table, plain_markdown, "**{}**", " ({})"))
         title, caption = plain_markdown(title_of(table)), plain_markdown(caption_of(table))
-        parts.append(f"## {title}\n\n{markdown_table(header, rows)}\n{caption}\n")
+        parts.append(f"## {title}\n\n{body}\n{caption}\n")
     return "\n".join(parts)
 
 
@@ -686,15 +681,11 @@ def tables_latex(tables: list[dict]) -> str:
     parts = ["% Written by analyze.py. Needs \\usepackage{booktabs,graphicx}.\n"]
     for table in tables:
         lines = []
-        for row, metric, shown in table_lines(table):
-            ours, paper = [plain_latex(row["label"]), shown], [r"\quad the paper", shown]
-            for column in table["columns"]:
-                text, cell = cell_text(table, row["label"], metric, column)
-                text = plain_latex(text)
-                ours.append(rf"\textbf{{{text}}}" if cell["bold"] else text)
-                paper.append(cell["paper"])
-            lines += [ours, paper] if any(paper[2:]) else [ours]
-        header = ["weights", "", *(plain_latex(column) for column in table["columns"])]
+        for head, texts, figures in table_lines(table, plain_latex, r"\textbf{{{}}}"):
+            lines.append(head + texts)
+            if any(figures):
+                lines.append([r"\quad the paper", head[1], *figures])
+        header = ["weights", "", *map(plain_latex, table["columns"])]
         body = [" & ".join(line) + r" \\" for line in [header, *lines]]
         caption = caption_of(table).replace("In brackets: the paper's figure.", "")
         parts.append("\n".join([
@@ -728,13 +719,13 @@ def about_csv(table: dict) -> dict:
 def tables_csv(tables: list[dict]) -> str:
     rows = []
     for table in tables:
-        for row, metric, shown in table_lines(table):
-            for column in table["columns"]:
-                cell = table["cells"][row["label"], metric, column]
-                names = {"weights": row["label"], "bands": column, "metric": shown}
-                values = {"seeds": cell["n"], "mean": cell["mean"], "half_width_95": cell["half"]}
-                marks = {"paper": cell["paper"], "bold": cell["bold"]}
-                rows.append(about_csv(table) | names | values | marks)
+        metrics = SHOWN[table["settings"]["stage"]]
+        for row, metric, column in itertools.product(table["rows"], metrics, table["columns"]):
+            cell = table["cells"][row["label"], metric, column]
+            names = {"weights": row["label"], "bands": column, "metric": metrics[metric]}
+            values = {"seeds": cell["n"], "mean": cell["mean"], "half_width_95": cell["half"]}
+            marks = {"paper": cell["paper"], "bold": cell["bold"]}
+            rows.append(about_csv(table) | names | values | marks)
     return csv_text(rows)
 
 
@@ -752,7 +743,8 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 HATCHES = ["", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++"]
 MARKERS = "os^vDPX*"
 FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "svg.hashsalt": "rs-byol", "hatch.linewidth": 0.5}  # fmt: skip
+        "svg.hashsalt": "rs-byol", "hatch.linewidth": 0.5,
+        "text.parse_math": False}  # fmt: skip  # a name may hold dollars
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -796,6 +788,16 @@ def draw_bars(table: dict):
     return figure
 
 
+@functools.cache
+def outline(text: str):
+    """A text of 6 points as a path around its middle, in points."""
+    from matplotlib.textpath import TextPath
+    from matplotlib.transforms import Affine2D
+
+    path = TextPath((0, 0), text, size=6)
+    return path.transformed(Affine2D().translate(*-path.get_extents().get_points().mean(0)))
+
+
 def draw_matrix(axis, values: np.ndarray, across: list[str], down: list[str]) -> None:
     """A matrix of values in 0..1 in %: NaN stays white, what rounds to 0 has no digits."""
     axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -803,12 +805,19 @@ def draw_matrix(axis, values: np.ndarray, across: list[str], down: list[str]) ->
     every = math.ceil(len(down) / 24)  # the 45 classes of RESISC45: every second name
     axis.set_xticks(range(0, len(across), every), across[::every], rotation=90, fontsize=7)
     axis.set_yticks(range(0, len(down), every), down[::every], fontsize=7)
-    for (i, j), value in np.ndenumerate(values):
-        if every == 1 and value >= 0.005:
-            style = {"ha": "center", "va": "center", "fontsize": 6, "in_layout": False}
-            axis.text(
-                j, i, f"{100 * value:.0f}", color="black" if value > 0.5 else "white", **style
-            )
+    if every > 1:
+        return
+    from matplotlib.collections import PathCollection
+    from matplotlib.transforms import IdentityTransform
+
+    alike: dict[tuple[str, str], list] = {}  # text and colour: places
+    for i, j in np.argwhere(values >= 0.005):
+        colour = "black" if values[i, j] > 0.5 else "white"
+        alike.setdefault((f"{100 * values[i, j]:.0f}", colour), []).append((j, i))
+    for (text, colour), places in alike.items():  # a text for each took half of all the time
+        style = {"color": colour, "linewidths": 0, "transform": IdentityTransform()}
+        where = {"offsets": places, "offset_transform": axis.transData}
+        axis.add_collection(PathCollection([outline(text)], [1], **style, **where), autolim=False)
 
 
 def draw_classes(table: dict):
@@ -887,9 +896,8 @@ def draw_tsne(table: dict, faults: list[str]):
     found: dict[str, list[tuple[str, Path]]] = {}
     for row in table["rows"]:
         for column, seeds in row["runs"].items():
-            paths = [beside(seeds[seed], "-embeddings.npz") for seed in sorted(seeds)]
-            if path := next((path for path in paths if path.exists()), None):
-                found.setdefault(column, []).append((row["label"], path))
+            if first := first_beside(seeds, "-embeddings.npz"):
+                found.setdefault(column, []).append((row["label"], first[1]))
     column = max(found, key=lambda column: len(found[column]), default="")
     panels = []
     for label, path in found.get(column, []):
@@ -942,8 +950,13 @@ def draw_runs(runs: list[dict]):
     return figure
 
 
-def beside(result: dict, ending: str) -> Path:
-    return result["path"].with_name(result["path"].stem + ending)
+def first_beside(seeds: dict[int, dict], ending: str) -> tuple[int, Path] | None:
+    """The first seed whose result NAME.json has NAME + `ending` beside it, and that file."""
+    for seed in sorted(seeds):
+        path = seeds[seed]["path"]
+        if (file := path.with_name(path.stem + ending)).exists():
+            return seed, file
+    return None
 
 
 def read_sheet(path: Path, faults: list[str]) -> bytes:
@@ -964,11 +977,9 @@ def sheets(table: dict, faults: list[str]) -> list[tuple[str, bytes]]:
     found = []
     for ending, what in (("-cam.png", "class activation"), ("-maps.png", "maps")):
         for row, column in itertools.product(table["rows"], table["columns"]):
-            for seed, result in sorted(row["runs"].get(column, {}).items()):
-                if (path := beside(result, ending)).exists():
-                    caption = f"{row['label']}, {column}, seed {seed}: {what}"
-                    found.append((caption, read_sheet(path, faults)))
-                    break
+            if first := first_beside(row["runs"].get(column, {}), ending):
+                caption = f"{row['label']}, {column}, seed {first[0]}: {what}"
+                found.append((caption, read_sheet(first[1], faults)))
     return [(caption, data) for caption, data in found if data]
 
 
@@ -1059,18 +1070,6 @@ def html_details(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>\n" if body else ""
 
 
-def html_results(table: dict) -> str:
-    rows = []
-    for row, metric, shown in table_lines(table):
-        line = [escape(row["label"]), shown]
-        for column in table["columns"]:
-            text, cell = cell_text(table, row["label"], metric, column)
-            text = f"<b>{text}</b>" if cell["bold"] else text
-            line.append(text + (f"<br><small>({cell['paper']})</small>" if cell["paper"] else ""))
-        rows.append(line)
-    return html_table(["weights", "", *(escape(column) for column in table["columns"])], rows, 2)
-
-
 def html_settings(table: dict) -> str:
     """The results' config, versions and weights: what all share, then what differs."""
     cells = [(row["label"], column, seeds) for row in table["rows"]
@@ -1102,7 +1101,8 @@ def html_section(table: dict, figures: str, pictures: str) -> str:
     welch = html_of_text(WELCH_HEADER, test_rows(table["welch"], digits, band=True), 4)
     return "".join([
         f"<h2>{escape(title_of(table))}</h2>\n",
-        html_results(table), f"<p class=note>{escape(caption_of(table))}</p>\n",
+        html_table(*result_rows(table, escape, "<b>{}</b>", "<br><small>({})</small>"), 2),
+        f"<p class=note>{escape(caption_of(table))}</p>\n",
         html_details("Paired t-tests over bands", paired if table["paired"] else ""),
         html_details("Welch's t-tests over seeds, by band", welch if table["welch"] else ""),
         html_settings(table), figures, html_details("Sheets of single images", pictures),
@@ -1228,12 +1228,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("results", nargs="?", type=Path, help="folder with the JSON of probe.py and segment.py")
-    add(
-        "--out",
-        type=Path,
-        default=Path("report"),
-        help="new, empty, or an earlier report (report)",
-    )
+    add("--out", type=Path, default=Path("report"), help="new, empty, or an earlier report")
     add("--runs", type=Path, help="folder with the runs of pretrain.py (log.jsonl)")
     add("--no-tsne", action="store_true", help="leave out the t-SNE, the one slow figure")
     add("--paper", action="store_true", help="print the paper's tables and end")

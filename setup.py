@@ -51,6 +51,7 @@ class BuildExtension(build_ext):
 
 ROOMS = ["tiff", "decode", "resample", "pool", "bandcrop"]
 flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-pthread"]
+flags.append("-g0")  # Python's own flags ask for symbols: nine tenths of the file
 flags.append("-Wno-psabi")  # how vectors are passed does not matter where every call is inlined
 flags.append("-fno-trapping-math")  # changes no result; without it the pixel loops stay scalar
 if os.environ.get("CI"):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
+from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -297,7 +298,7 @@ def test_cells_are_mean_and_t_interval_over_seeds(tmp_path):
     red = table["cells"]["RS-BYOL-1", "f1_macro", "Red"]
     half = 2.776445 * (0.025 / 5) ** 0.5  # t(0.975, 4) of a printed table; the variance is 0.025
     assert (red["n"], red["mean"], red["half"]) == (5, pytest.approx(0.3), pytest.approx(half))
-    assert analyze.cell_text(table, "RS-BYOL-1", "f1_macro", "Blue")[0] == "0.250"  # one seed
+    assert "| RS-BYOL-1 | F1 | 0.250 | 0.300 ± 0.196 |" in analyze.tables_markdown([table])
 
 
 # ---- tables
@@ -520,6 +521,7 @@ def test_a_report_that_was_killed_can_be_written_again(tmp_path, monkeypatch):
 
 
 EVIL = "<script>alert(1)</script> & | 50% _x_ $y$ #{z} ~^\\ \u03b2 \u2713"
+MATHS = r"costs $\nothing{ or 3$"  # matplotlib raises on what it takes for mathematics
 
 
 def balanced(latex: str) -> None:
@@ -536,6 +538,7 @@ def balanced(latex: str) -> None:
 def test_names_cannot_break_the_page_or_the_tables(tmp_path):
     write(tmp_path / "results", result(name=EVIL), "evil")
     write(tmp_path / "results", result(), "good")
+    write(tmp_path / "results", result(name=MATHS), "maths")
     assert (
         analyze.main([str(tmp_path / "results"), "--out", str(tmp_path / "out"), "--no-tsne"]) == 0
     )
@@ -585,6 +588,43 @@ def test_every_figure_is_png_and_svg_and_stands_in_the_page(report):
         assert (
             start.startswith(b"\x89PNG") if kind == "png" else b"<svg" in start or b"<?xml" in start
         )
+
+
+def test_the_digits_of_a_matrix_look_as_matplotlibs_text_does():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.array([[0.25, np.nan, 0.5], [0.001, 0.8, 1.0]])
+    texts = {(0, 0): "25", (0, 2): "50", (1, 1): "80", (1, 2): "100"}
+
+    def drawn(with_text: bool) -> np.ndarray:
+        figure = Figure(figsize=(2, 1), dpi=400)
+        axis = figure.subplots()
+        if with_text:
+            axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+            for (i, j), text in texts.items():
+                colour = "black" if values[i, j] > 0.5 else "white"
+                axis.text(j, i, text, color=colour, ha="center", va="center_baseline", fontsize=6)
+        else:
+            analyze.draw_matrix(axis, values, ["a", "b", "c"], ["d", "e"])
+        axis.set_position([0, 0, 1, 1])
+        axis.set_axis_off()
+        (canvas := FigureCanvasAgg(figure)).draw()
+        return np.asarray(canvas.buffer_rgba())[..., 1].astype(int)
+
+    ours, text = drawn(False), drawn(True)
+    assert ours.shape == text.shape == (400, 800)
+    for i, j in np.ndindex(2, 3):
+        cell = np.s_[200 * i : 200 * i + 200, 800 * j // 3 + 1 : 800 * (j + 1) // 3 - 1]
+        paper = int(np.median(text[cell]))
+        inks = [np.argwhere(abs(image[cell] - paper) > 60) for image in (ours, text)]
+        assert bool(len(inks[0])) == bool(len(inks[1])) == ((i, j) in texts)
+        if len(inks[0]):
+            boxes = [np.array([ink.min(0), ink.max(0)]) for ink in inks]
+            assert abs(boxes[0] - boxes[1]).max() <= 3, (i, j, boxes)  # of 400 pixels an inch
+            assert len(inks[0]) == pytest.approx(len(inks[1]), rel=0.15)
+            soft = [gaussian_filter(image[cell].astype(float), 2) for image in (ours, text)]
+            assert np.corrcoef(soft[0].ravel(), soft[1].ravel())[0, 1] > 0.96, (i, j)
 
 
 def test_restarts_are_drawn_where_the_rate_rises(tree):

@@ -1,9 +1,14 @@
 """Reads, band-selects, crops and resamples GeoTIFF tiles into caller-owned float32 batches."""
 
+import os
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+_Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+_Paths: TypeAlias = Sequence[_Path] | Sequence[Sequence[_Path]]
 
 class TileError(Exception):
     """A file that cannot be read: names it, what is wrong, and the TIFF tag or byte offset.
@@ -16,24 +21,38 @@ class TileError(Exception):
 class TileInfo:
     """Layout of a TIFF file's first image."""
 
-    height: int
-    width: int
-    bands: int
-    dtype: str  # numpy name: "uint8" ... "float64"
-    planar: str  # "interleaved" or "separate"
-    compression: str  # "none", "packbits", "lzw", "deflate", "zstd"
-    tiled: bool
-    big_tiff: bool
-    byte_order: str  # "little" or "big"
-    nodata: float | None
-    epsg: int | None
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def bands(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...  # numpy name: "uint8" ... "float64"
+    @property
+    def planar(self) -> Literal["interleaved", "separate"]: ...
+    @property
+    def compression(self) -> Literal["none", "packbits", "lzw", "deflate", "zstd"]: ...
+    @property
+    def tiled(self) -> bool: ...
+    @property
+    def big_tiff(self) -> bool: ...
+    @property
+    def byte_order(self) -> Literal["little", "big"]: ...
+    @property
+    def nodata(self) -> float | None: ...
+    @property
+    def epsg(self) -> int | None: ...
 
 class Report:
     """What a filled batch met."""
 
-    replaced: npt.NDArray[np.int64]  # [N]: samples that became the band's mean
-    errors: list[tuple[int, str]]  # bad="report": (index in the batch, message), in order
-    bytes_read: int  # bytes of pixel data read from files
+    @property
+    def replaced(self) -> npt.NDArray[np.int64]: ...  # [N]: samples that became the band's mean
+    @property
+    def errors(self) -> list[tuple[int, str]]: ...  # bad="report": (index, message), in order
+    @property
+    def bytes_read(self) -> int: ...  # bytes of pixel data read from files
 
 class Ticket:
     """A batch under way; dropping it cancels what has not started and waits for what has."""
@@ -50,29 +69,29 @@ class Reader:
     def fill(
         self,
         out: object,  # float32 [N, C, H, W], C-contiguous: numpy array or CPU tensor
-        paths: Sequence[str] | Sequence[Sequence[str]],
+        paths: _Paths,
         bands: npt.ArrayLike,  # int [N, C]
         windows: npt.ArrayLike | None = None,  # float64 [N, 4]: top, left, height, width
         orient: npt.ArrayLike | None = None,  # uint8 [N]: 4 transpose, 2 flip y, 1 flip x
         mean: npt.ArrayLike | None = None,  # float32 [bands in file] or [N, C]
         std: npt.ArrayLike | None = None,
-        bad: str = "raise",  # or "report"
+        bad: Literal["raise", "report"] = "raise",
     ) -> Report: ...
     def submit(
         self,
         out: object,
-        paths: Sequence[str] | Sequence[Sequence[str]],
+        paths: _Paths,
         bands: npt.ArrayLike,
         windows: npt.ArrayLike | None = None,
         orient: npt.ArrayLike | None = None,
         mean: npt.ArrayLike | None = None,
         std: npt.ArrayLike | None = None,
-        bad: str = "raise",
+        bad: Literal["raise", "report"] = "raise",
     ) -> Ticket: ...
 
-def info(path: str) -> TileInfo: ...
+def info(path: _Path) -> TileInfo: ...
 def read(
-    path: str,
+    path: _Path,
     bands: Sequence[int] | None = None,
     window: tuple[int, int, int, int] | None = None,  # top, left, height, width in pixels
 ) -> npt.NDArray[np.generic]: ...
