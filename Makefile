@@ -60,8 +60,9 @@ lint: environment  ## ruff and clang-format
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(CXX_FILES)
 
-bench: build  ## speed of the loader and the training step beside others, as ratios
+bench: build  ## speed of loader, training and probe beside others, as ratios
 	$(PY) tests/bench_loader.py
+	$(PY) tests/bench_train.py
 
 clean:  ## remove what make built; data, runs, results and the report stay
 	rm -rf build dist *.egg-info *.so .pytest_cache .ruff_cache
