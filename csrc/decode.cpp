@@ -443,7 +443,6 @@ Status Region::place(const Source& source, std::uint64_t down, std::uint64_t off
     const std::uint64_t skip = std::max<std::uint64_t>(area_.top, chunk_top) - chunk_top;
     const std::uint64_t rows =
         std::min<std::uint64_t>(area_.bottom - chunk_top, layout_.chunk_height);
-    chunk = {};
     if (length == 0) return {};  // never written
     const auto bad = [&](const TagArray& array, const std::string& what) {
         return Status::failure("tag " + std::to_string(array.tag) +
@@ -511,10 +510,13 @@ Status Region::plan_chunks(Source& source, Header& header) {
                     entries(source, header, layout_, layout_.counts, first, run, lengths);
                 !status.ok())
                 return status;
-            std::uint64_t row_pixels = 0;
-            for (std::uint64_t i = 0; i < run; ++i) {
-                Chunk chunk;
-                const std::uint64_t down = first_down_ + (whole_rows ? i / across_ : r);
+            std::uint64_t row_pixels = 0, down = first_down_ + r, across = 0;
+            for (std::uint64_t i = 0; i < run; ++i, ++across) {
+                if (across == across_) {  // the next row of chunks
+                    row_pixels = across = 0;
+                    ++down;
+                }
+                Chunk& chunk = chunks_.emplace_back();
                 if (Status status = place(source, down, offsets[i], lengths[i], chunk);
                     !status.ok())
                     return status;
@@ -524,11 +526,9 @@ Status Region::plan_chunks(Source& source, Header& header) {
                     return Status::failure("tag " + std::to_string(layout_.offsets.tag) +
                                            ": its strips or tiles overlap, together they hold more "
                                            "than the file");
-                if (i % across_ == 0) row_pixels = 0;
                 chunk.pixels_at = static_cast<std::size_t>(pixels_bytes + row_pixels);
                 row_pixels += chunk.room;
                 most_pixels = std::max(most_pixels, row_pixels);
-                chunks_.push_back(chunk);
                 if (r + i > 0) flat_ = flat_ && chunk.offset == end;
                 end = chunk.offset + chunk.length;
                 if (chunk.length == 0) {

@@ -307,15 +307,20 @@ void Resampler::finish() {
     }
     const Kernels run = kernels();
     const std::size_t width = across_->outputs;
-    if (!straight_)
-        for (std::size_t y = 0; y < down_->outputs; ++y) {
-            float* to = out_ + (flips_rows_ ? down_->outputs - 1 - y : y) * width;
-            if (down_->copies)
-                std::copy_n(plane_row(y), width, to);
-            else
-                run.down(plane_row(down_->first[y]), stride_,
-                         down_->weight.data() + y * down_->taps, down_->taps, width, to);
-        }
+    const std::size_t outputs = straight_ ? 0 : down_->outputs;
+    const auto row = [&](std::size_t y) {
+        return out_ + (flips_rows_ ? outputs - 1 - y : y) * width;
+    };
+    for (std::size_t y = 0; y < outputs; ++y) {
+        // Memory that was last written a batch ago is far away: have a later row fetched meanwhile.
+        if (y + 2 < outputs)
+            for (std::size_t x = 0; x < width; x += 16) __builtin_prefetch(row(y + 2) + x, 1);
+        if (down_->copies)
+            std::copy_n(plane_row(y), width, row(y));
+        else
+            run.down(plane_row(down_->first[y]), stride_, down_->weight.data() + y * down_->taps,
+                     down_->taps, width, row(y));
+    }
     if (transposes_) run.turn(out_, down_->outputs, width, finished_);
 }
 
