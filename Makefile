@@ -15,7 +15,7 @@ define stage
 endef
 ENCODER = runs/demo/encoder.safetensors
 
-.PHONY: help build test lint bench demo clean codecs environment
+.PHONY: help build test lint bench demo proof clean codecs environment
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -63,6 +63,9 @@ lint: environment  ## ruff and clang-format
 bench: build  ## speed of loader, training and probe beside others, as ratios
 	$(PY) tests/bench_loader.py
 	$(PY) tests/bench_train.py
+
+proof: build  ## pre-train and judge on real images, as README reports: hours
+	tests/proof.sh $(PY)
 
 clean:  ## remove what make built; data, runs, results and the report stay
 	rm -rf build dist *.egg-info *.so .pytest_cache .ruff_cache

@@ -1,27 +1,29 @@
-"""RS-BYOL pre-training: pairs of Sentinel-2 and Sentinel-1 tiles in, an image encoder out, no labels.
+"""RS-BYOL pre-training: pairs of Sentinel-2 and Sentinel-1 tiles in, an encoder out, no labels.
 
-BYOL (Grill et al. 2020, "Bootstrap your own latent") where the two views of a place come from two sensors. A student (encoder,
-projector, predictor) sees one view and predicts what a teacher (encoder, projector; a moving average of the student, no gradient)
-says of the other. Afterwards the heads are dropped and the student's encoder is kept: encoder.safetensors, torchvision's names.
+BYOL (Grill et al. 2020) where the two views of a place come from two sensors. A student (encoder,
+projector, predictor) sees one view and predicts what a teacher (encoder, projector; a moving
+average of the student, no gradient) says of the other. Afterwards the heads are dropped and the
+student's encoder is kept: encoder.safetensors, torchvision's names.
 
-    python pretrain.py --mode single                        RS-BYOL-1: one MS band, one SAR band     -> runs/rs-byol-1
-    python pretrain.py --mode single --num-pairs 150000     RS-BYOL-1 w/150K                    -> runs/rs-byol-1-w-150k
-    python pretrain.py --mode single --batch-size 64        RS-BYOL-1 w/64BS                    -> runs/rs-byol-1-w-64bs
-    python pretrain.py --mode single --views ms-ms          RS-BYOL-1 MS only: two MS bands   -> runs/rs-byol-1-ms-only
-    python pretrain.py --mode three                         RS-BYOL-3 S1S2: 3 MS, VV+VH+copy     -> runs/rs-byol-3-s1s2
-    python pretrain.py --mode rgb                           RS-BYOL-3 RGB-S1S2: RGB, SAR+2 MS -> runs/rs-byol-3-rgb-s1s2
+    python pretrain.py --mode single                       RS-BYOL-1: one MS band, one SAR band
+    python pretrain.py --mode single --num-pairs 150000    RS-BYOL-1 w/150K
+    python pretrain.py --mode single --batch-size 64       RS-BYOL-1 w/64BS
+    python pretrain.py --mode single --views ms-ms         RS-BYOL-1 MS only: two MS bands
+    python pretrain.py --mode three                        RS-BYOL-3 S1S2: 3 MS; VV, VH and a copy
+    python pretrain.py --mode rgb                          RS-BYOL-3 RGB-S1S2: RGB; a SAR and 2 MS
 
-    python pretrain.py --mode single --resume               go on after any interruption (same flags, same --out)
-    torchrun --nproc-per-node=4 pretrain.py --mode single   four GPUs, the same global batch
-    python pretrain.py --mode three --pairs FILE.csv --s2-bands B02,B03,B04,B08 --s1-bands VV,VH    any paired archive
+    python pretrain.py --mode single --resume              go on after any interruption
+    torchrun --nproc-per-node=4 pretrain.py --mode single  four GPUs, the same global batch
+    python pretrain.py --mode three --pairs FILE.csv --s2-bands B02,B03,B04,B08 --s1-bands VV,VH
 
-A run's folder: config.json (settings, versions, band statistics), log.jsonl (what depends on the clock stands under "timing"; all
-else is the same, bit for bit, for a run that was interrupted and resumed on one CPU thread), checkpoint.pt, encoder.safetensors,
-encoder-epochNNNN.safetensors at each restart cycle's end, views.png (the first batch as the networks see it), bad_tiles.txt.
-On 20 real pairs (resnet18, size 64, 30 epochs, one thread of a busy 2-core CPU, bf16, November 2026): loss 4.06
-to 0.87, std 0.050 to 0.036 (0.0625 is healthy), data wait under 1 % once the first batch is there.
-Exit status: 0 done, 1 bad data or a diverged run, 2 wrong use, 130 or 143 saved and stopped by Ctrl-C or SIGTERM.
-"""  # noqa: E501
+A run's folder: config.json (settings, versions, band statistics), log.jsonl (all but "timing" is
+the same, bit for bit, for a run that was interrupted and resumed on one CPU thread),
+checkpoint.pt, encoder.safetensors, encoder-epochNNNN.safetensors at each restart cycle's end,
+views.png (the first batch as the networks see it), bad_tiles.txt.
+On 20 real pairs (resnet18, size 64, 30 epochs, one thread of a busy 2-core CPU, bf16, November
+2026): loss 4.06 to 0.87, std 0.050 to 0.036 (0.0625 is healthy), data wait under 1 %.
+Exit status: 0 done, 1 bad data or diverged, 2 wrong use, 130 or 143 saved and stopped by a signal.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +32,20 @@ import copy
 import csv
 import datetime
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
-import platform
 import resource
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -99,11 +100,17 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 # <<< shared: files
 
-# ------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 RGB = ("Red", "Green", "Blue")
 CHANNELS = {"single": 1, "three": 3, "rgb": 3}
+VARIANTS = {  # name, random MS bands and SAR bands of a pair
+    ("single", "ms-sar"): ("RS-BYOL-1", 1, 1),
+    ("three", "ms-sar"): ("RS-BYOL-3 S1S2", 3, 2),
+    ("rgb", "ms-sar"): ("RS-BYOL-3 RGB-S1S2", 2, 1),
+    ("single", "ms-ms"): ("RS-BYOL-1 MS only", 2, 0),
+    ("three", "ms-ms"): ("RS-BYOL-3 MS only", 6, 0),
+    ("rgb", "ms-ms"): ("RS-BYOL-3 RGB MS only", 3, 0),
+}
 # What a resumed run may change: where things are and how long it goes on, never what is computed.
 MAY_CHANGE = (
     "root", "pairs", "out", "resume", "threads", "device", "compile", "bad_tiles", "epochs",
@@ -114,27 +121,16 @@ NO_ARCHIVE = """no archive in {root}: give --root DIR (SEN12MS layout) or --pair
   a synthetic one: python tests/synthetic.py data/demo, then --root data/demo/sen12ms"""
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` from low to high, both included."""
+def number(kind: type, low: float, high: float = math.inf, count: int = 1) -> Callable:
+    """An argparse type: `count` numbers from low to high, both included, with commas between."""
 
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
+    def convert(text: str) -> float | list[float]:
+        values = [kind(part) for part in text.split(",")]
+        if len(values) != count or not all(low <= value <= high for value in values):
+            raise argparse.ArgumentTypeError(f"{text} is not {count} from {low} to {high}")
+        return values if count > 1 else values[0]
 
-    convert.__name__ = kind.__name__
-    return convert
-
-
-def two(low: float, high: float) -> Callable[[str], list[float]]:
-    def convert(text: str) -> list[float]:
-        values = [number(float, low, high)(part) for part in text.split(",")]
-        if len(values) != 2:
-            raise argparse.ArgumentTypeError(f"{text} is not two numbers A,B")
-        return values
-
-    convert.__name__ = "two numbers A,B"
+    convert.__name__ = kind.__name__  # argparse names it where kind() fails
     return convert
 
 
@@ -145,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="[open]: the paper does not say; the value is our choice, saved in config.json.",
     )
     parser.error = lambda message: fail(2, f"{message} (see --help)")
-    whole, share = number(int, 1), number(float, 0, 1)
+    whole, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     # fmt: off
     data = parser.add_argument_group("data")
@@ -161,30 +157,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bad-tiles", choices=("stop", "skip"), default="stop",
         help="skip: the next good pair of the epoch instead, up to 1 %% of the pairs")
 
-    model = parser.add_argument_group("model")
-    add = model.add_argument
-    add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet50",
-        help="encoder (paper: resnet50)")
+    add = parser.add_argument_group("model").add_argument
+    archs = ("resnet18", "resnet34", "resnet50")
+    add("--arch", choices=archs, default="resnet50", help="encoder (paper: resnet50)")
     add("--size", type=number(int, 16), default=224, help="side of a view, pixels [open]")
     add("--hidden", type=whole, default=256, help="width of projector and predictor (paper: 256)")
     add("--projection", type=number(int, 2), default=256, help="projector's output (paper: 256)")
 
-    steps = parser.add_argument_group("optimisation")
-    add = steps.add_argument
-    add(
-        "--batch-size", type=number(int, 2), default=32, help="pairs, all processes (paper: 32, 64)"
-    )
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=number(int, 2), default=32, help="of all processes (paper: 32, 64)")
     add("--epochs", type=whole, default=400, help="passes over the pairs (paper: 400)")
-    add("--lr", type=number(float, 0), default=0.2, help="highest learning rate (paper: 0.2)")
-    add("--lr-min", type=number(float, 0), default=0.002, help="lowest, per step (paper: 0.002)")
+    add("--lr", type=positive, default=0.2, help="highest learning rate (paper: 0.2)")
+    add("--lr-min", type=positive, default=0.002, help="lowest, per step (paper: 0.002)")
     add("--restart-epochs", type=whole, default=10, help="first cosine cycle (paper: 10)")
     add("--restart-mult", type=whole, default=2, help="next cycle / this cycle (paper: 2)")
     add("--momentum", type=share, default=0.9, help="of SGD [open]")
-    add("--weight-decay", type=number(float, 0), default=1e-5, help="of all weights (paper: 1e-5)")
+    add("--weight-decay", type=positive, default=1e-5, help="of all weights (paper: 1e-5)")
     add("--tau", type=share, default=0.9, help="teacher's decay a step (paper: 0.9; BYOL: 0.99+)")
 
-    views = parser.add_argument_group("augmentation, drawn for each sample and view")
-    add = views.add_argument
+    add = parser.add_argument_group("augmentation, drawn for each view").add_argument
     add("--crop-area", type=number(float, 0.001, 1), default=0.08,
         help="smallest share of the tile; 1: whole tile (BYOL: 0.08) [open]")
     add("--crop-ratio", type=number(float, 1), default=4 / 3,
@@ -193,17 +184,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="8: flips and quarter turns, 4: flips, 1: off [open]")
     add("--rotate", type=share, default=0.5, help="probability of a small rotation; 0: off [open]")
     add("--rotate-degrees", type=number(float, 0, 180), default=10.0, help="largest turn [open]")
-    add("--blur", type=two(0, 1), default=[1.0, 0.1], metavar="A,B",
-        help="probabilities; which view gets which is drawn too; 0,0: off (BYOL: 1,0.1) [open]")
-    add("--blur-sigma", type=two(0.01, 100), default=[0.1, 2.0], metavar="LOW,HIGH",
+    add("--blur", type=number(float, 0, 1, 2), default=[1.0, 0.1], metavar="A,B",
+        help="probabilities; which view gets which is drawn too (BYOL: 1,0.1) [open]")
+    add("--blur-sigma", type=number(float, 0.01, 100, 2), default=[0.1, 2.0], metavar="LOW,HIGH",
         help="in pixels of the view; the kernel spans size/10 (BYOL: 0.1,2) [open]")
     add("--erase", type=share, default=0.5,
         help="probability that a box of 2 to 33 %% becomes the band's mean; 0: off [open]")
     add("--grey", type=share, default=0.2,
-        help="probability of greyscale, three channels only; 0: off (BYOL: 0.2) [open]")
+        help="probability of greyscale, three channels only (BYOL: 0.2) [open]")
 
-    run = parser.add_argument_group("run")
-    add = run.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/ and the variant's name)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of weights, pairs and every draw")
@@ -211,34 +201,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: bf16 where native (CUDA; CPU with AVX512-BF16 or AMX), else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile (default: on CUDA, one process)")
-    add(
-        "--log-every",
-        type=whole,
-        default=50,
-        help="steps a line of log.jsonl; at least one an epoch",
-    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, one process")
+    add("--log-every", type=whole, default=50, help="steps a log line; at least one an epoch")
     add("--checkpoint-every", type=number(int, 0), default=0,
         help="steps; 0: as often as costs under 1 %% of the time, at most once a minute")
-    add("--max-steps", type=whole, default=None, help="stop after so many steps in all")
+    add("--max-steps", type=whole, help="stop after so many steps in all")
     # fmt: on
     return parser
 
 
-def variant(mode: str, views: str, pairs: int, batch_size: int) -> str:
-    """The paper's name of a variant, say "RS-BYOL-1 w/150K"."""
-    if views == "ms-ms":
-        return f"RS-BYOL-{CHANNELS[mode]} {'RGB ' if mode == 'rgb' else ''}MS only"
-    if mode != "single":
-        return {"three": "RS-BYOL-3 S1S2", "rgb": "RS-BYOL-3 RGB-S1S2"}[mode]
-    marks = {"w/150K": pairs == 150000, "w/64BS": batch_size == 64}
-    return " ".join(["RS-BYOL-1"] + [mark for mark, true in marks.items() if true])
-
-
-# ------------------------------------------------------------------------------------------------
-# Data: which pairs there are, and what sample i of epoch e is
-# ------------------------------------------------------------------------------------------------
+# Data: which pairs there are, and what sample i of epoch e is -------------------------------------
 class Archive(NamedTuple):
     names: list[str]  # one a pair: its S2 path in the archive, sorted
     files: tuple[list[str], list[str]]  # S2 paths, S1 paths
@@ -250,23 +222,13 @@ class Archive(NamedTuple):
 
 def list_sen12ms(root: Path) -> list[tuple[str, str]]:
     """(S2, S1) paths relative to root of ROIs*/s2_<scene>/*_s2_*.tif and their twins."""
-    found: dict[str, set[str]] = {"s1": set(), "s2": set()}
-    for folder in root.glob("ROIs*/s[12]_*"):
-        sensor = folder.name[:2]
-        for name in os.listdir(folder) if folder.is_dir() else []:
-            if name.endswith(".tif") and f"_{sensor}_" in name:
-                found[sensor].add(f"{folder.parent.name}/{folder.name}/{name}")
-    for sensor, other in (("s1", "s2"), ("s2", "s1")):
-        swap = {
-            path.replace(f"/{sensor}_", f"/{other}_").replace(f"_{sensor}_", f"_{other}_"): path
-            for path in found[sensor]
-        }
-        if alone := sorted(swap.keys() - found[other]):
-            fail(1, f"{root / swap[alone[0]]} has no {other.upper()} twin {root / alone[0]} "
-                 f"({len(alone)} such tiles): fetch what is missing or move them away")  # fmt: skip
-    return [
-        (path, path.replace("/s2_", "/s1_").replace("_s2_", "_s1_")) for path in sorted(found["s2"])
-    ]
+    s2, s1 = (glob.glob(f"ROIs*/{s}_*/*_{s}_*.tif", root_dir=root) for s in ("s2", "s1"))
+    twins = {path.replace("/s2_", "/s1_").replace("_s2_", "_s1_"): path for path in s2}
+    if alone := sorted(twins.keys() ^ set(s1)):
+        sensor, path = ("S1", twins[alone[0]]) if alone[0] in twins else ("S2", alone[0])
+        fail(1, f"{root / path} has no {sensor} twin ({len(alone)} such tiles): fetch what is "
+             "missing or move them away")  # fmt: skip
+    return sorted((path, twin) for twin, path in twins.items())
 
 
 def list_csv(path: Path) -> list[tuple[str, str]]:
@@ -278,10 +240,9 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
         fail(2, f"{path} cannot be read as a CSV with the header s1,s2: {error}")
     for line, row in enumerate(rows, start=2):
         for column in ("s1", "s2"):
-            if not row.get(column):
-                fail(1, f"{path}: line {line} has no value in column {column!r} (header: s1,s2)")
-            if not (path.parent / row[column]).is_file():
-                fail(1, f"{path}: line {line}: no file {path.parent / row[column]}")
+            file = path.parent / (row.get(column) or "")
+            if not file.is_file():
+                fail(1, f"{path}: line {line}, column {column} (header: s1,s2): no file {file}")
     return sorted((row["s2"], row["s1"]) for row in rows)
 
 
@@ -292,40 +253,37 @@ def open_archive(args: argparse.Namespace) -> Archive:
     if not listed:
         fail(2, NO_ARCHIVE.format(root=args.pairs or root))
 
-    orders: list[list[str | None]] = []
-    for flag, text in (("--s2-bands", args.s2_bands), ("--s1-bands", args.s1_bands)):
-        names = [t.strip() for t in text.split(",")]
-        unused = ("-", "B01", "B09", "B10")  # the 60 m bands
-        order = [None if t.upper() in unused else band_name(t) for t in names]
-        for band in filter(None, order):
-            if order.count(band) > 1 or (band in SAR) != (flag == "--s1-bands"):
-                fail(2, f"{flag} {text}: {band}/{BANDS[band]} stands twice or in the wrong file")
-        orders.append(order)
-    has = [band for band in BANDS if band in orders[0] or band in orders[1]]
-    ms, sar = [b for b in has if b not in SAR], [b for b in has if b in SAR]
-    with_sar = args.views == "ms-sar"
-    lacks = [b for b in RGB if b not in ms] if args.mode == "rgb" else []
-    need = {"single": 1, "three": 3, "rgb": 2}[args.mode] * (1 if with_sar else 2)
-    need = 3 if args.mode == "rgb" and not with_sar else need
-    free = [b for b in BANDS if b not in SAR and not (args.mode == "rgb" and b in RGB)]
-    if len(set(free) & set(ms)) < need:
-        lacks.append(f"{need} of {', '.join(b for b in free)}")
-    if with_sar:
-        lacks += [b for b in SAR if b not in sar] if args.mode == "three" else []
-        lacks += ["SAR1 or SAR2"] if not sar else []
-    if lacks:
-        fail(2, f"--mode {args.mode} --views {args.views} needs {' and '.join(lacks)}; "
-             f"this archive has {', '.join(has)}")  # fmt: skip
+    orders = args.s2_bands.split(","), args.s1_bands.split(",")
+    place: dict[str, tuple[int, int]] = {}  # band: 0 S2 file or 1 S1 file; 0-based band in it
+    for sensor, order in enumerate(orders):
+        for at, text in enumerate(order):
+            if text.strip().upper() in ("-", "B01", "B09", "B10"):  # not wanted; the 60 m bands
+                continue
+            band = band_name(text)
+            if band in place or (band in SAR) != sensor:
+                fail(2, f"--s{2 - sensor}-bands {','.join(order)}: {band}/{BANDS[band]} stands "
+                     "twice or in the wrong file")  # fmt: skip
+            place[band] = sensor, at
+
+    ms, sar = ([b for b in BANDS if b in place and (b in SAR) == s] for s in (False, True))
+    rgb = RGB if args.mode == "rgb" else ()
+    _, need_ms, need_sar = VARIANTS[args.mode, args.views]
+    if not {*rgb} <= {*ms} or len(ms) < len(rgb) + need_ms or len(sar) < need_sar:
+        free = ", ".join(band for band in BANDS if band not in SAR + rgb)
+        wants = [*rgb, f"{need_ms} of {free}"]
+        wants += [f"{need_sar} of SAR1, SAR2"] if need_sar else []
+        fail(2, f"--mode {args.mode} --views {args.views} needs {', '.join(wants)}; this archive "
+             f"has {', '.join(ms + sar)}")  # fmt: skip
 
     if args.num_pairs < len(listed):  # the stream that no epoch uses
         keys = stream(args.seed, 2**64 - 1).random(len(listed))
         listed = [listed[i] for i in np.sort(np.argsort(keys, kind="stable")[: args.num_pairs])]
-    use = ms + sar if with_sar else ms
-    place = [(0, orders[0].index(b)) if b in orders[0] else (1, orders[1].index(b)) for b in use]
+    s2, s1 = zip(*listed, strict=True)
+    use = ms + sar if need_sar else ms
     return Archive(
-        [s2 for s2, _ in listed],
-        ([str(root / s2) for s2, _ in listed], [str(root / s1) for _, s1 in listed]),
-        use, np.array(place), (len(orders[0]), len(orders[1])), (root / "SYNTHETIC.txt").exists(),
+        list(s2), ([str(root / path) for path in s2], [str(root / path) for path in s1]),
+        use, np.array([place[band] for band in use]), (len(orders[0]), len(orders[1])),
+        (root / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
 
 
@@ -334,30 +292,28 @@ def band_statistics(archive: Archive, seed: int, bad_tiles: str) -> tuple[list[f
     from bandcrop import TileError, info, read
 
     chosen = stream(seed, 2**64 - 2).permutation(len(archive.names))[:256]
-    count, total, square = np.zeros((3, len(archive.bands)))
+    moments = np.zeros((3, len(archive.bands)))  # count, sum, sum of squares
     for pair in chosen:
-        for sensor in (0, 1):
+        for sensor in sorted(set(archive.place[:, 0])):
             path, columns = archive.files[sensor][pair], archive.place[:, 0] == sensor
             try:
                 tile = info(path)
                 if tile.bands != archive.widths[sensor]:
                     fail(1, f"{path} has {tile.bands} bands, --s{2 - sensor}-bands names "
                          f"{archive.widths[sensor]}")  # fmt: skip
-                values = read(path, archive.place[columns, 1].tolist()) if columns.any() else []
+                values = read(path, archive.place[columns, 1].tolist())
             except TileError as error:
                 if bad_tiles == "stop":
                     fail(1, f"{error} (--bad-tiles skip goes on without it)")
                 continue
             for band, x in zip(np.flatnonzero(columns), values, strict=True):
                 good = x[np.isfinite(x) & (x != tile.nodata)].astype(np.float64)
-                count[band] += good.size
-                total[band] += good.sum()
-                square[band] += good @ good
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = total / count
-        std = np.sqrt(square / count - mean**2)
+                moments[:, band] += good.size, good.sum(), good @ good
+    count, total, square = moments
+    mean = total / np.maximum(count, 1)
+    std = np.sqrt(np.maximum(square / np.maximum(count, 1) - mean**2, 0))
     for band, value in zip(archive.bands, std, strict=True):
-        if not value > 0:
+        if value == 0:
             fail(1, f"band {band}/{BANDS[band]} is empty or constant in {len(chosen)} tiles")
     return mean.tolist(), std.tolist()
 
@@ -392,24 +348,20 @@ def boxes(u: np.ndarray, smallest: float, largest: float, widest: float) -> np.n
 
 def choose_bands(u: np.ndarray, bands: list[str], mode: str, views: str) -> np.ndarray:
     """Uniform draws [n, 15] -> index in `bands` for each view and channel, [n, 2, C]."""
-    ms = np.array([i for i, b in enumerate(bands) if b not in SAR])
+    rgb = [bands.index(b) for b in RGB] if mode == "rgb" else []
+    ms = np.array([i for i, b in enumerate(bands) if b not in SAR and i not in rgb])
     sar = np.array([i for i, b in enumerate(bands) if b in SAR])
-    rgb = [bands.index(b) for b in RGB if b in bands]
-    channels = CHANNELS[mode]
 
     def pick(pool: np.ndarray, u: np.ndarray, k: int) -> np.ndarray:  # k of pool, no repeats
         return pool[np.argsort(u[:, : len(pool)], axis=1, kind="stable")[:, :k]]
 
+    drawn = pick(ms, u[:, :10], VARIANTS[mode, views][1])
     if mode == "rgb":
-        a = np.tile(rgb, (len(u), 1))
-        b = pick(np.setdiff1d(ms, rgb), u[:, :10], 3 if views == "ms-ms" else 2)
-        if views == "ms-sar":
-            b = np.hstack([b, pick(sar, u[:, 10:12], 1)])
-    elif views == "ms-ms":
-        both = pick(ms, u[:, :10], 2 * channels)
-        a, b = both[:, :channels], both[:, channels:]
+        a, b = np.tile(rgb, (len(u), 1)), drawn
     else:
-        a, b = pick(ms, u[:, :10], channels), pick(sar, u[:, 10:12], 1)
+        a, b = np.hsplit(drawn, [CHANNELS[mode]])
+    if views == "ms-sar":
+        b = np.hstack([b, pick(sar, u[:, 10:12], 1)])
         if mode == "three":
             b = np.hstack([b, np.tile(sar, (len(u), 1))])
     if mode != "single":  # the other sensor's channels in random order
@@ -440,49 +392,32 @@ def plan_epoch(epoch: int, pairs: int, bands: list[str], args: argparse.Namespac
     return Plan(order, chosen, together[0], together[1], together[2].astype(np.float32))
 
 
+# Before torch is imported: everything that can be refused -----------------------------------------
 def prepare() -> tuple[argparse.Namespace, Archive, dict]:
-    """Everything that can be refused before torch is imported: flags, archive, output folder."""
+    """Flags, archive, the run's folder and its config: as it was, or new and not yet written."""
     args = make_parser().parse_args()
-    first = int(os.environ.get("RANK", 0)) == 0  # torchrun; only the first process writes
     needs = ("bandcrop", "torch", "torchvision", "safetensors", "PIL")
     if missing := [name for name in needs if util.find_spec(name) is None]:
         fail(2, f"not installed in {sys.executable}: {', '.join(missing)}; run make build")
     archive = open_archive(args)
     pairs = len(archive.names)
-    name = variant(args.mode, args.views, pairs, args.batch_size)
     if pairs < args.batch_size:
         fail(2, f"{pairs} pairs fill no batch: use --batch-size {pairs} or less")
-    slug = name.lower().replace(" ", "-").replace("/", "-")
-    args.out = args.out or Path("runs") / slug
-    if not first:
-        return args, archive, {}
+    name, _, _ = VARIANTS[args.mode, args.views]
+    if name == "RS-BYOL-1":
+        name += " w/150K" * (pairs == 150000) + " w/64BS" * (args.batch_size == 64)
+    args.out = args.out or Path("runs", name.lower().replace(" ", "-").replace("/", "-"))
+    if os.environ.get("RANK", "0") != "0":
+        return args, archive, {}  # torchrun: start() sends the first process's config
     kind = "synthetic pairs" if archive.synthetic else "pairs"
-    fewer = f" (--num-pairs {args.num_pairs}: the archive has fewer)"
-    print(f"{name}: {pairs} {kind} of {args.pairs or args.root or 'data/sen12ms'}"
-          f"{fewer if pairs < args.num_pairs else ''} -> {args.out}", flush=True)  # fmt: skip
+    source = args.pairs or args.root or "data/sen12ms"
+    fewer = f" (fewer than --num-pairs {args.num_pairs})" if pairs < args.num_pairs else ""
+    print(f"{name}: {pairs} {kind} of {source}{fewer} -> {args.out}", flush=True)
 
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    names_hash = hashlib.sha256("\n".join(archive.names).encode()).hexdigest()
-    file = args.out / "config.json"
-    if file.exists():
-        if not args.resume:
-            fail(
-                2,
-                f"{args.out} holds another run: --resume goes on with it, or choose another --out",
-            )
-        try:
-            config = json.loads(file.read_text())
-            old = config["settings"]
-        except (ValueError, KeyError) as error:
-            fail(1, f"{file} is not a run's config ({error}): choose another --out")
-        changed = [
-            f"--{k.replace('_', '-')} was {old.get(k)}, is {settings[k]}"
-            for k in settings if k not in MAY_CHANGE and settings[k] != old.get(k)
-        ]  # fmt: skip
-        if config["pairs"]["sha256"] != names_hash:
-            changed.append(f"the list of pairs (then {config['pairs']['used']}, now {pairs})")
-        if changed:
-            fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
+    settings = vars(args) | {"out": str(args.out)}
+    sha = hashlib.sha256("\n".join(archive.names).encode()).hexdigest()
+    listed = {"used": pairs, "sha256": sha, "synthetic": archive.synthetic}
+    config = old_config(args, settings, listed)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -495,21 +430,44 @@ def prepare() -> tuple[argparse.Namespace, Archive, dict]:
         fail(2, f"cannot write to {args.out}: {error.strerror}: choose another --out")
     for left_behind in args.out.glob(".*.part"):
         left_behind.unlink()
-    if file.exists():
+    if config:
         return args, archive, config
+
     mean, std = band_statistics(archive, args.seed, args.bad_tiles)
     opened = [a.dest for a in make_parser()._actions if "[open]" in (a.help or "")]
-    config = {
+    packages = ("torch", "torchvision", "numpy", "safetensors")
+    return args, archive, {
         "schema": 1, "name": name, "settings": settings,
         "paper_leaves_open": {key: settings[key] for key in opened},
-        "pairs": {"used": pairs, "sha256": names_hash, "synthetic": archive.synthetic},
-        "bands": {"names": archive.bands, "mean": mean, "std": std},
-        "versions": {"python": platform.python_version()}
-        | {p: metadata.version(p) for p in ("torch", "torchvision", "numpy", "safetensors")},
+        "pairs": listed, "bands": {"names": archive.bands, "mean": mean, "std": std},
+        "versions": {p: metadata.version(p) for p in packages} | {"python": sys.version.split()[0]},
         "command": shlex.join(sys.argv),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
-    return args, archive, config
+
+
+def old_config(args: argparse.Namespace, settings: dict, listed: dict) -> dict | None:
+    """The config of the run in --out, None where there is none; refused unless it is this run's."""
+    file = args.out / "config.json"
+    if not file.exists():
+        return None
+    if not args.resume:
+        fail(2, f"{args.out} holds another run: --resume goes on with it, or choose another --out")
+    try:
+        config = json.loads(file.read_text())
+        old, pairs = config["settings"], config["pairs"]
+    except (ValueError, KeyError) as error:
+        fail(1, f"{file} is not a run's config ({error}): choose another --out")
+    changed = [
+        f"--{key.replace('_', '-')} was {old.get(key)}, is {value}"
+        for key, value in settings.items()
+        if key not in MAY_CHANGE and value != old.get(key)
+    ]
+    if pairs["sha256"] != listed["sha256"]:
+        changed.append(f"the list of pairs (then {pairs['used']}, now {listed['used']})")
+    if changed:
+        fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
+    return config
 
 
 # Torch takes seconds to import: a mistyped flag or a missing folder has been answered by now.
@@ -521,12 +479,11 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import torchvision  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 
-# ------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------------------
 def head(features: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)
@@ -538,14 +495,11 @@ class Network(nn.Module):
 
     def __init__(self, arch: str, channels: int, hidden: int, projection: int):
         super().__init__()
-        import torchvision
-
         self.encoder = getattr(torchvision.models, arch)(weights=None)
         if channels != 3:
-            self.encoder.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(
-                self.encoder.conv1.weight, mode="fan_out", nonlinearity="relu"
-            )  # as torchvision's
+            stem = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # theirs
+            self.encoder.conv1 = stem
         features = self.encoder.fc.in_features
         self.encoder.fc = nn.Identity()
         self.projector = head(features, hidden, projection)
@@ -568,39 +522,21 @@ def make_teacher(student: Network) -> Network:
     return teacher
 
 
-class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over all processes on the CPU, where torch.nn.SyncBatchNorm does not run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce  # differentiable
-
-        over = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        x = x.float()
-        mean = all_reduce(x.sum(over)) / count
-        centred = x - mean.view(shape)
-        var = all_reduce((centred * centred).sum(over)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-            self.num_batches_tracked += 1
-        scale = torch.rsqrt(var + self.eps) * self.weight
-        return centred * scale.view(shape) + self.bias.view(shape)
-
-
 def synchronise_batchnorm(network: Network, device: torch.device) -> Network:
+    """BatchNorm over the batches of all processes."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    for module in network.modules():
+    from torch.distributed.nn.functional import all_gather  # differentiable
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for module in network.modules():  # torch's does not run on the CPU: normalise all, keep ours
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.__class__ = SyncedBatchNorm
+            module.register_forward_pre_hook(lambda _, x: torch.cat(all_gather(x[0])))
+            module.register_forward_hook(lambda _, x, y: y.unflatten(0, (world, -1))[rank])
     return network
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation on the device: one batched pass, each sample with its own draw
-# ------------------------------------------------------------------------------------------------
+# Augmentation on the device: one batched pass, each sample with its own draw ----------------------
 @lru_cache(maxsize=2)
 def shifts(size: int, device: torch.device) -> Tensor:
     """[2r + 1, size * size]: shifts by -r..r as matrices, mirrored at borders; r = size/20."""
@@ -639,9 +575,7 @@ def augment(x: Tensor, draws: Tensor, args: argparse.Namespace) -> Tensor:
     return x
 
 
-# ------------------------------------------------------------------------------------------------
-# Loss, EMA, schedule
-# ------------------------------------------------------------------------------------------------
+# Loss, EMA, schedule ------------------------------------------------------------------------------
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """2 - 2 cos, i.e. the squared distance of the L2-normalised vectors; mean over N."""
     return (2 - 2 * F.cosine_similarity(prediction, target, dim=1)).mean()
@@ -651,10 +585,9 @@ def step_loss(student: nn.Module, teacher: Network, a: Tensor, b: Tensor) -> tup
     """Symmetric loss, and [loss, spread of the projection, cosine of the positives] to watch."""
     with torch.no_grad():
         targets = teacher(a, b)
-    at_least_fp32 = [
-        x.to(torch.promote_types(x.dtype, torch.float32)) for x in [*student(a, b), *targets]
-    ]
-    z_a, z_b, p_a, p_b, t_a, t_b = at_least_fp32
+    outputs = [*student(a, b), *targets]  # under autocast bf16; from here on float32 or more
+    outputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in outputs]
+    z_a, z_b, p_a, p_b, t_a, t_b = outputs
     loss = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)
     with torch.no_grad():
         n_a, n_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
@@ -675,26 +608,20 @@ def update_teacher(teacher: Network, student: Network, tau: float) -> None:
     torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - tau)
 
 
+def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
+    """Place in the restart cycle that `at` falls in, and that cycle's length."""
+    while at >= length:
+        at, length = at - length, length * mult
+    return at, length
+
+
 def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
     """Cosine annealing with warm restarts (Loshchilov and Hutter 2017) at one step."""
-    at, length = step, args.restart_epochs * steps_per_epoch
-    while at >= length:
-        at, length = at - length, length * args.restart_mult
+    at, length = in_cycle(step, args.restart_epochs * steps_per_epoch, args.restart_mult)
     return args.lr_min + (args.lr - args.lr_min) * (1 + math.cos(math.pi * at / length)) / 2
 
 
-def cycle_ends(epochs: int, first: int, mult: int) -> list[int]:
-    """Epochs after which the learning rate restarts: 10, 30, 70, 150, 310."""
-    ends, length = [first], first
-    while ends[-1] < epochs:
-        length *= mult
-        ends.append(ends[-1] + length)
-    return [end for end in ends if end <= epochs]
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches: read ahead into a ring of buffers while the device works
-# ------------------------------------------------------------------------------------------------
+# Batches: read ahead into a ring of buffers while the device works --------------------------------
 class Batch(NamedTuple):
     views: Tensor  # float32 [2, N, C, S, S] on the device, normalised
     draws: Tensor  # float32 [2, N, 7]
@@ -702,21 +629,6 @@ class Batch(NamedTuple):
     rows: np.ndarray  # int64 [N]: the samples' places in the epoch
     waited: float  # seconds
     replaced: int  # NaN and nodata samples that became the band's mean
-
-
-def request(archive: Archive, plan: Plan, rows: np.ndarray, pairs: np.ndarray, view: int, stats):
-    """Arguments of Reader.fill for one view of `pairs`, drawn as samples `rows`."""
-    chosen = plan.bands[rows, view]  # [N, C]
-    file, band = archive.place[chosen].transpose(2, 0, 1)
-    if (file == file[:, :1]).all():
-        paths = [archive.files[f][p] for f, p in zip(file[:, 0], pairs, strict=True)]
-    else:  # a SAR and two MS bands: a file for each channel
-        paths = [[archive.files[f][p] for f in fs] for fs, p in zip(file, pairs, strict=True)]
-    return {
-        "paths": paths, "bands": band, "windows": plan.windows[rows, view],
-        "orient": plan.orient[rows, view], "mean": stats[0][chosen], "std": stats[1][chosen],
-        "bad": "report",
-    }  # fmt: skip
 
 
 def batches(
@@ -730,66 +642,73 @@ def batches(
     """
     import bandcrop
 
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // world)
-    reader = bandcrop.Reader(threads)
+    reader = bandcrop.Reader(args.threads or max(1, len(os.sched_getaffinity(0)) // world))
     cuda = device.type == "cuda"
-    local, channels = args.batch_size // world, CHANNELS[args.mode]
-    shape = (2, local, channels, args.size, args.size)
+    pairs, local = len(archive.names), args.batch_size // world
+    shape = (2, local, CHANNELS[args.mode], args.size, args.size)
     ring = [torch.empty(shape, pin_memory=cuda) for _ in range(3)]
-    ring_draws = [torch.empty((2, local, 7), pin_memory=cuda) for _ in range(3)]
     copied: list = [None] * 3
     copies = torch.cuda.Stream(device) if cuda else None
-    per_epoch = len(archive.names) // args.batch_size
-    plans: dict[int, Plan] = {}
-    pending: deque = deque()
+    under_way: deque = deque()
 
-    def submit(step: int) -> None:
-        epoch, at = divmod(step, per_epoch)
-        if epoch not in plans:
-            plans.clear()
-            plans[epoch] = plan_epoch(epoch, len(archive.names), archive.bands, args)
-        plan = plans[epoch]
-        rows = np.arange(local) + at * args.batch_size + rank * local
-        if copied[step % 3] is not None:
-            copied[step % 3].synchronize()
-        tickets = [
-            reader.submit(view, **request(archive, plan, rows, plan.pairs[rows], v, stats))
-            for v, view in enumerate(ring[step % 3])
-        ]
-        pending.append((step % 3, plan, rows, tickets))
+    @lru_cache(maxsize=1)
+    def plan_of(epoch: int) -> Plan:
+        return plan_epoch(epoch, pairs, archive.bands, args)
 
-    def replace(slot: int, plan: Plan, place: int, row: int, message: str) -> int:
-        for later in range(1, len(plan.pairs) + 1):
-            tried = plan.pairs[(row + later - 1) % len(plan.pairs)]
-            bad.setdefault(archive.names[tried], message)
+    def submit(views: Tensor, plan: Plan, rows: np.ndarray, which: np.ndarray) -> list:
+        """Tickets that fill `views` [2, N, C, S, S] with pairs `which`, drawn as samples `rows`."""
+        tickets = []
+        for v, view in enumerate(views):
+            chosen = plan.bands[rows, v]  # [N, C]
+            file, band = archive.place[chosen].transpose(2, 0, 1)
+            paths = [[archive.files[f][p] for f in fs] for fs, p in zip(file, which, strict=True)]
+            if (file == file[:, :1]).all():  # else a file for each channel: a SAR and two MS bands
+                paths = [files[0] for files in paths]
+            tickets.append(reader.submit(
+                view, paths, band, plan.windows[rows, v], plan.orient[rows, v],
+                stats[0][chosen], stats[1][chosen], bad="report",
+            ))  # fmt: skip
+        return tickets
+
+    def collect(tickets: list) -> tuple[int, dict[int, str]]:
+        """Samples that became the mean; place in the batch -> what is wrong with its pair."""
+        reports = [ticket.wait() for ticket in tickets]
+        errors = dict(error for report in reversed(reports) for error in report.errors)
+        return sum(int(report.replaced.sum()) for report in reports), errors
+
+    def replace(views: Tensor, plan: Plan, row: int, message: str) -> int:
+        """Fill `views` [2, 1, C, S, S] with the next good pair after sample `row`'s own."""
+        for at in range(row, row + pairs):
+            bad.setdefault(archive.names[plan.pairs[at % pairs]], message)
             if args.bad_tiles == "stop":
                 fail(1, f"{message} (--bad-tiles skip goes on without it)")
-            if len(bad) > 0.01 * len(archive.names):
-                fail(1, f"{len(bad)} of {len(archive.names)} pairs are bad, over 1 %: {message}")
-            one, pair = np.array([row]), plan.pairs[[(row + later) % len(plan.pairs)]]
-            reports = [
-                reader.fill(view[None, place], **request(archive, plan, one, pair, v, stats))
-                for v, view in enumerate(ring[slot])
-            ]
-            errors = [text for report in reports for _, text in report.errors]
+            if len(bad) > 0.01 * pairs:
+                fail(1, f"{len(bad)} of {pairs} pairs are bad, over 1 %: {message}")
+            following = plan.pairs[[(at + 1) % pairs]]
+            replaced, errors = collect(submit(views, plan, np.array([row]), following))
             if not errors:
-                return sum(int(report.replaced.sum()) for report in reports)
+                return replaced
             message = errors[0]
         fail(1, f"no good pair is left: {message}")
 
-    for step in steps[:2]:
-        submit(step)
-    for step in steps:
-        slot, plan, rows, tickets = pending.popleft()
+    for ahead in range(steps.start, steps.stop + 2):
+        if ahead < steps.stop:
+            epoch, at = divmod(ahead, pairs // args.batch_size)
+            rows = np.arange(local) + at * args.batch_size + rank * local
+            plan, slot = plan_of(epoch), ahead % 3
+            if copied[slot] is not None:
+                copied[slot].synchronize()
+            tickets = submit(ring[slot], plan, rows, plan.pairs[rows])
+            under_way.append((slot, plan, rows, tickets))
+        if ahead < steps.start + 2:
+            continue
+        slot, plan, rows, tickets = under_way.popleft()
         began = time.perf_counter()
-        reports = [ticket.wait() for ticket in tickets]
-        replaced = sum(int(report.replaced.sum()) for report in reports)
-        failed = dict(error for report in reversed(reports) for error in report.errors)
-        for place, message in sorted(failed.items()):
-            replaced += replace(slot, plan, place, rows[place], message)
+        replaced, errors = collect(tickets)
+        for place, message in sorted(errors.items()):
+            replaced += replace(ring[slot][:, place : place + 1], plan, rows[place], message)
         waited = time.perf_counter() - began
-        ring_draws[slot].copy_(torch.from_numpy(plan.draws[rows].swapaxes(0, 1)))
-        views, draws = ring[slot], ring_draws[slot]
+        views, draws = ring[slot], torch.from_numpy(plan.draws[rows].swapaxes(0, 1))
         if copies is not None:  # beside the previous step's kernels
             with torch.cuda.stream(copies):
                 views, draws = (x.to(device, non_blocking=True) for x in (views, draws))
@@ -797,8 +716,6 @@ def batches(
             torch.cuda.current_stream().wait_stream(copies)
             views.record_stream(torch.cuda.current_stream())
             draws.record_stream(torch.cuda.current_stream())
-        if step + 2 in steps:
-            submit(step + 2)
         yield Batch(views, draws, plan, rows, waited, replaced)
 
 
@@ -820,9 +737,7 @@ def draw_views(path: Path, views: Tensor, batch: Batch, bands: list[str]) -> Non
     write_atomic(path, lambda beside: sheet.save(beside, format="PNG"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoint
-# ------------------------------------------------------------------------------------------------
+# Checkpoint ---------------------------------------------------------------------------------------
 def save_encoder(path: Path, student: Network, config: dict, epoch: float) -> None:
     """The student's encoder under torchvision's names; metadata says what it is and saw."""
     settings, bands = config["settings"], config["bands"]
@@ -838,70 +753,48 @@ def save_encoder(path: Path, student: Network, config: dict, epoch: float) -> No
 
 
 def save(out: Path, config: dict, student: Network, epoch: float, state: dict) -> None:
-    """checkpoint.pt and encoder.safetensors; a full disk costs this save, never the one before."""
+    """encoder.safetensors and checkpoint.pt; a full disk costs this save, never the one before.
+
+    The checkpoint comes last: a run killed in between takes the steps again and writes both.
+    """
 
     def write(beside: Path) -> None:
         with open(beside, "wb") as file:
             torch.save(state, file)
 
     try:
-        write_atomic(out / "checkpoint.pt", write)
         save_encoder(out / "encoder.safetensors", student, config, epoch)
+        write_atomic(out / "checkpoint.pt", write)
     except (OSError, RuntimeError) as error:  # torch and safetensors say RuntimeError too
-        reason = str(error).splitlines()[0]
-        free = shutil.disk_usage(out).free >> 20
-        fail(1, f"cannot save to {out} ({free} MB free; {reason}): the last checkpoint is whole: "
-             f"make room, then --resume")  # fmt: skip
+        why = f"cannot save to {out}: {reason(error)}"
+        fail(1, f"{why}: the last checkpoint is whole: make room, then --resume")
 
 
-def load(path: Path, device: torch.device) -> dict:
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(1, f"{path} is damaged ({reason}): start again with another --out")
+def reason(error: Exception) -> str:
+    """An error's first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda beside: beside.write_text(text) and None)
 
 
 def resume_log(path: Path, step: int) -> None:
     """Cut what was logged after the checkpoint: those steps are taken again."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:  # a line cut by a full disk or a lost machine
+    kept = ""
+    for line in path.read_text(errors="replace").splitlines(True) if path.exists() else []:
+        torn = not (line.startswith("{") and line.endswith("}\n"))  # by a full disk, a lost machine
+        if torn or json.loads(line)["step"] > step:
             break
-        kept.append(line + "\n")
-    write_atomic(path, lambda beside: beside.write_text("".join(kept)) and None)
+        kept += line
+    write_text(path, kept)
 
 
-# ------------------------------------------------------------------------------------------------
-# Loop
-# ------------------------------------------------------------------------------------------------
+# Loop ---------------------------------------------------------------------------------------------
 def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def compile_networks(student: Network, teacher: Network, example: Tensor, autocast) -> None:
-    """torch.compile both, tried forward and backward on the spot; on any failure go on without."""
-    networks = (student, teacher)
-    before = [{k: v.clone() for k, v in n.state_dict().items()} for n in networks]
-    try:
-        for network in networks:
-            network.compile(dynamic=False)
-        with autocast():
-            loss, _ = step_loss(student, teacher, example, example)
-        loss.backward()
-    except Exception as error:  # a missing compiler, an unsupported card: many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
-        for network in networks:
-            network._compiled_call_impl = None
-    for network, state in zip(networks, before, strict=True):
-        network.load_state_dict(state)
-        network.zero_grad(set_to_none=True)
 
 
 def start(args: argparse.Namespace, config: dict) -> tuple[dict, torch.device, int, int]:
@@ -912,12 +805,9 @@ def start(args: argparse.Namespace, config: dict) -> tuple[dict, torch.device, i
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(2, f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+        fail(2, f"--device {name} cannot be used: {reason(error)}")
     if args.batch_size % world or args.batch_size < 2 * world:
-        fail(
-            2,
-            f"--batch-size {args.batch_size} is 2 or more for each of {world} processes",
-        )
+        fail(2, f"--batch-size {args.batch_size} is not 2 or more for each of {world} processes")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
@@ -929,26 +819,46 @@ def start(args: argparse.Namespace, config: dict) -> tuple[dict, torch.device, i
     if "precision" not in config:  # "auto" is settled once: a resumed run keeps it on any machine
         auto = "bf16" if native_bf16(device) else "fp32"
         config["precision"] = auto if args.precision == "auto" else args.precision
-        config["hardware"] = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "cpu": platform.processor() or platform.machine(),
-            "torch_threads": torch.get_num_threads(),
-            "processes": world,
-        }
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        threads = torch.get_num_threads()
+        config["hardware"] = {"device": hardware, "torch_threads": threads, "processes": world}
         if rank == 0:
-            text = json.dumps(config, indent=1)
-            write_atomic(args.out / "config.json", lambda beside: beside.write_text(text) and None)
+            write_text(args.out / "config.json", json.dumps(config, indent=1))
     return config, device, rank, world
 
 
-def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
-    config, device, rank, world = start(args, config)
-    out = args.out
+def compile_networks(student: Network, teacher: Network, example: Tensor, autocast) -> None:
+    """torch.compile both, tried forward and backward on the spot; on any failure go on without."""
+    networks = (student, teacher)
+    before = [copy.deepcopy(network.state_dict()) for network in networks]
+    try:
+        for network in networks:
+            network.compile(dynamic=False)
+        with autocast():
+            loss, _ = step_loss(student, teacher, example, example)
+        loss.backward()
+    except Exception as error:  # a missing compiler, an unsupported card: many types
+        print(f"torch.compile fails here: {reason(error)}: going on without it", file=sys.stderr)
+        for network in networks:
+            network._compiled_call_impl = None
+    for network, state in zip(networks, before, strict=True):
+        network.load_state_dict(state)
+    student.zero_grad(set_to_none=True)
 
-    def autocast() -> torch.autocast:
-        bf16 = config["precision"] == "bf16"
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
+def agree(sums: Tensor, bad: dict[str, str], asked: list[int], world: int) -> list[int]:
+    """Share sums and bad tiles among processes at the same step; signals that any of them got."""
+    dist.all_reduce(sums)
+    sums[:3] /= world  # means; the fourth is a count
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, (bad, asked))
+    for theirs, _ in everyone:
+        bad.update(theirs)
+    return [signum for _, signals in everyone for signum in signals]
+
+
+def build(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
+    """Student, teacher and optimiser of a new run, and its state: what a checkpoint holds."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
     student = Network(args.arch, CHANNELS[args.mode], args.hidden, args.projection)
     student = student.to(device, memory_format=torch.channels_last)
@@ -958,35 +868,44 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
     optimizer = torch.optim.SGD(
         student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
-
-    per_epoch = len(archive.names) // args.batch_size
-    log_every = min(args.log_every, per_epoch)
-    end = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     step, bad = 0, {}
-    sums = torch.zeros(5, device=device)  # since the last line: watch (3), replaced, stop asked
-    if (out / "checkpoint.pt").exists():
-        state = load(out / "checkpoint.pt", device)
+    sums = torch.zeros(4, device=device)  # since the last log line: watch (3), replaced
+    path = args.out / "checkpoint.pt"
+    if path.exists():
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways
+            fail(1, f"{path} is damaged ({reason(error)}): start again with another --out")
         student.load_state_dict(state["student"])
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
-        step, bad, sums = state["step"], state["bad"], state["sums"]
-        sums[3] *= rank == 0  # a count that is summed over processes, not a mean
-    if args.resume and rank == 0:
+        step, bad, sums = state["step"], state["bad"], state["sums"][:4]
+    return student, teacher, optimizer, step, bad, sums
+
+
+def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
+    config, device, rank, world = start(args, config)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, config["precision"] == "bf16")
+    student, teacher, optimizer, step, bad, sums = build(args, device, world)
+    out, first = args.out, rank == 0
+    sums[3] *= first  # a count that is summed over processes, not a mean
+    per_epoch = len(archive.names) // args.batch_size
+    end = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
+    if args.resume and first:
         print(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
         resume_log(out / "log.jsonl", step)
     if step >= end:
         print(f"nothing left to do: step {step} of {end}")
         return 0
-
-    shape = (args.batch_size // world, CHANNELS[args.mode], args.size, args.size)
     if args.compile or (args.compile is None and device.type == "cuda" and world == 1):
+        shape = (args.batch_size // world, CHANNELS[args.mode], args.size, args.size)
         example = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
         compile_networks(student, teacher, example, autocast)
     model: nn.Module = student
     if world > 1:  # BatchNorm's statistics are the same in every process already
         model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
 
-    asked = []  # the signals that asked to stop
+    asked: list[int] = []  # the signals that asked to stop
 
     def ask(signum: int, frame: object) -> None:
         asked.append(signum)
@@ -995,17 +914,13 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
 
-    def diverged() -> NoReturn:
-        fail(1, f"loss or weights are not finite by step {step} (epoch {step / per_epoch:.2f}): "
-             f"{out} keeps its last good checkpoint: lower --lr or --precision fp32")  # fmt: skip
-
     stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
-    ends = cycle_ends(args.epochs, args.restart_epochs, args.restart_mult)
-    terminal, healthy = sys.stdout.isatty(), 1 / math.sqrt(args.projection)
-    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a")
+    log_every, healthy = min(args.log_every, per_epoch), args.projection**-0.5
+    terminal = sys.stdout.isatty()
+    log = open(out / "log.jsonl" if first else os.devnull, "a")
     began = shown = saved = since = time.monotonic()
-    save_seconds, waited, listed, warned = 0.0, 0.0, 0, False
-    first = step
+    save_seconds, waited, taken, listed = 0.0, 0.0, 0, 0
+    warned = not first  # of a collapse: once, by one process
 
     for batch in batches(archive, stats, args, range(step, end), device, rank, world, bad):
         lr = learning_rate(step, per_epoch, args)
@@ -1013,7 +928,7 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
             group["lr"] = lr
         views = augment(batch.views.flatten(0, 1), batch.draws.flatten(0, 1), args)
         a, b = views.contiguous(memory_format=torch.channels_last).chunk(2)  # [N, C, S, S] each
-        if step == 0 and rank == 0:
+        if step == 0 and first:
             draw_views(out / "views.png", torch.stack([a, b]), batch, archive.bands)
         with autocast():
             loss, watch = step_loss(model, teacher, a, b)
@@ -1023,72 +938,58 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
         update_teacher(teacher, student, args.tau)
         sums[:3] += watch
         sums[3] += batch.replaced
-        step, waited = step + 1, waited + batch.waited
+        step, taken, waited = step + 1, taken + 1, waited + batch.waited
 
-        in_epoch = (step - 1) % per_epoch + 1
-        count = (in_epoch - 1) % log_every + 1  # steps since the last line
-        epoch_ends = in_epoch == per_epoch
-        line = count == log_every or epoch_ends
-        stop = bool(asked)
-        if world > 1:  # all processes are at the same step: agree on sums, stopping and bad tiles
-            stop = False
-            if line:
-                sums[4] = len(asked)
-                dist.all_reduce(sums)
-                sums[:3] /= world
-                stop = bool(sums[4] > 0)
-            if epoch_ends:
-                everyone: list = [None] * world
-                dist.all_gather_object(everyone, bad)
-                for other in everyone:
-                    bad.update(other)
+        # What is due after this step: a log line, a progress line, a checkpoint
         now = time.monotonic()
-        show = epoch_ends or now - shown > (2 if terminal else 60)
+        epoch_ends = step % per_epoch == 0
+        count = (step - 1) % per_epoch % log_every + 1  # steps since the last log line
+        line = epoch_ends or count == log_every
+        stop = list(asked) if world == 1 else agree(sums, bad, asked, world) if line else []
+        show = first and (epoch_ends or now - shown > (2 if terminal else 60))
         due = now - saved > max(60, 100 * save_seconds)
         if args.checkpoint_every:
             due = step % args.checkpoint_every == 0
-        due = due or stop or step == end
+        due = first and (due or stop or step == end)
+        if first and len(bad) > listed:
+            listed = len(bad)
+            rows = [f"{pair}\t{message}\n" for pair, message in bad.items()]
+            write_text(out / "bad_tiles.txt", "".join(rows))
+        if not (line or show or due):
+            continue
 
-        if line or show or due:
-            total, spread, cosine, replaced, _ = sums.tolist()  # waits for the device
-            if not math.isfinite(total):
-                diverged()
-            spent = max(now - since, 1e-9)
-            steps = step - max(first, step - count)
-            record = {
-                "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
-                "std": spread / count, "cosine": cosine / count, "replaced": int(replaced),
-                "timing": {
-                    "seconds": round(now - began, 3), "data_wait": round(waited / spent, 4),
-                    "pairs_per_second": round(steps * args.batch_size / spent, 2),
-                    "peak_memory_mb": peak_memory(device),
-                },
-            }  # fmt: skip
-        if show and rank == 0:
+        total, spread, cosine, replaced = sums.tolist()  # waits for the device
+        weights = student.parameters() if due else ()
+        if not (math.isfinite(total) and all(bool(w.isfinite().all()) for w in weights)):
+            fail(1, f"loss or weights are not finite by step {step}: {out} keeps its last good "
+                 "checkpoint: lower --lr or --precision fp32")  # fmt: skip
+        record = {
+            "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
+            "std": spread / count, "cosine": cosine / count, "replaced": int(replaced),
+            "timing": {
+                "seconds": round(now - began, 3), "data_wait": round(waited / (now - since), 4),
+                "pairs_per_second": round(taken * args.batch_size / (now - since), 2),
+                "peak_memory_mb": peak_memory(device),
+            },
+        }  # fmt: skip
+        if show:
             progress(record, end, args, terminal, epoch_ends)
             shown = now
         if line:
             log.write(json.dumps(record) + "\n")
             log.flush()
             sums.zero_()
-            since, waited = now, 0.0
-            if record["std"] < 0.1 * healthy and not warned and rank == 0:
+            since, waited, taken = now, 0.0, 0
+            if record["std"] < 0.1 * healthy and not warned:
                 warned = True
-                print(f"\nWARNING: COLLAPSE: the projection's std is {record['std']:.2g}, "
-                      f"healthy is {healthy:.2g}: try a higher --tau or a lower --lr",
+                print(f"\nWARNING: COLLAPSE: the projection's std is {record['std']:.2g}, healthy "
+                      f"is {healthy:.2g}: try a higher --tau or a lower --lr",
                       file=sys.stderr)  # fmt: skip
-        if len(bad) > listed and rank == 0:
-            listed = len(bad)
-            text = "".join(f"{pair}\t{message}\n" for pair, message in bad.items())
-            write_atomic(
-                out / "bad_tiles.txt", lambda beside, text=text: beside.write_text(text) and None
-            )
-        if epoch_ends and rank == 0 and step // per_epoch in ends:
-            done = step // per_epoch
-            save_encoder(out / f"encoder-epoch{done:04d}.safetensors", student, config, done)
-        if due and rank == 0:
-            if not all(bool(p.isfinite().all()) for p in student.parameters()):
-                diverged()
+        epoch = step // per_epoch
+        restarts = in_cycle(epoch, args.restart_epochs, args.restart_mult)[0] == 0
+        if first and epoch_ends and restarts:
+            save_encoder(out / f"encoder-epoch{epoch:04d}.safetensors", student, config, epoch)
+        if due:
             os.fsync(log.fileno())  # the log never falls behind the checkpoint
             save(out, config, student, step / per_epoch, {
                 "step": step, "student": student.state_dict(), "teacher": teacher.state_dict(),
@@ -1097,12 +998,12 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
             saved = time.monotonic()
             save_seconds = saved - now
         if stop:
-            if rank == 0:
-                print(f"\nstopped at step {step}, saved: --resume goes on", flush=True)
-            return 128 + (asked or [signal.SIGTERM])[0]
+            break
     if world > 1:
         dist.destroy_process_group()
-    return 0
+    if stop and first:
+        print(f"\nstopped at step {step}, saved: --resume goes on", flush=True)
+    return 128 + stop[0] if stop else 0
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1122,15 +1023,14 @@ def progress(record: dict, end: int, args: argparse.Namespace, terminal: bool, k
         f"{timing['pairs_per_second']:.1f} pairs/s  data wait {100 * timing['data_wait']:.1f} %  "
         f"left {datetime.timedelta(seconds=round(left))}"
     )
-    start, stop = ("\r\x1b[K", "\n" if keep else "") if terminal else ("", "\n")
-    print(start + text, end=stop, flush=True)
+    before, after = ("\r\x1b[K", "\n" if keep else "") if terminal else ("", "\n")
+    print(before + text, end=after, flush=True)
 
 
 if __name__ == "__main__":
     try:
         STATUS = main(*PREPARED)
     except OSError as problem:  # a full or vanished disk
-        fail(
-            1, f"{PREPARED[0].out}: {problem}: the last checkpoint is whole: mend it, then --resume"
-        )
+        place = PREPARED[0].out
+        fail(1, f"{place}: {problem}: the last checkpoint is whole: mend it, then --resume")
     sys.exit(STATUS)

@@ -1,8 +1,10 @@
 """pretrain.py: the method against plain re-derivations, and a run that nothing can spoil."""
 
 import copy
+import glob
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -172,9 +174,8 @@ def test_learning_rate_is_torchs_cosine_with_warm_restarts(mult):
 
 
 def test_an_encoder_is_kept_where_the_paper_s_cycles_end():
-    assert pretrain.cycle_ends(400, 10, 2) == [10, 30, 70, 150, 310]
-    assert pretrain.cycle_ends(30, 10, 2) == [10, 30]
-    assert pretrain.cycle_ends(9, 10, 2) == []
+    ends = [epoch for epoch in range(1, 401) if pretrain.in_cycle(epoch, 10, 2)[0] == 0]
+    assert ends == [10, 30, 70, 150, 310]
 
 
 # Sampling ----------------------------------------------------------------------------------------
@@ -270,8 +271,8 @@ def test_the_subset_is_seeded_and_blind_to_the_order_of_files(archive, monkeypat
     def names(*more: str):
         return pretrain.open_archive(flags("--root", str(archive), "--num-pairs", "5", *more)).names
 
-    first, listdir = names(), os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
+    first, listed = names(), glob.glob
+    monkeypatch.setattr(glob, "glob", lambda *a, **k: sorted(listed(*a, **k), reverse=True))
     assert names() == first and len(set(first)) == 5
     assert any(names("--seed", str(seed)) != first for seed in (1, 2, 3))
 
@@ -352,47 +353,88 @@ def test_the_encoder_is_the_student_s_and_loads_into_torchvision_but_for_fc(fini
     assert expected.items() <= about.items() and "pretrain.py" in about["command"]
 
 
+# Importing torch takes most of a start's time: runs that are killed are forked after it.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torchvision.transforms.v2", "safetensors.torch", "pytest"])
+
+
+def child(arguments: list[str]) -> None:
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    sys.argv = ["pretrain.py", *arguments]
+    sys.exit(pretrain.main(*pretrain.prepare()))
+
+
+def fork(*arguments: object) -> multiprocessing.Process:
+    process = FORKED.Process(target=child, args=([*map(str, arguments)],))
+    process.start()
+    return process
+
+
 def test_resume_after_sigkill_at_random_moments_is_bit_identical(finished, archive, tmp_path):
+    common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--checkpoint-every", "2"]
+    fork("--help").join()  # starts the server, which is not to be timed
+    began = time.monotonic()
+    whole = fork(*common, "--out", tmp_path / "whole")
+    whole.join()
+    longest = time.monotonic() - began
+    assert whole.exitcode == 0
+    moments, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while kills < 10 or out.exists():
+        process = fork(*common, "--resume", "--out", out)
+        process.join(moments.uniform(0, longest) if kills < 10 else None)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+        if process.exitcode == 0:  # done before the kill
+            same_run(out, finished)
+            shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "encoder.safetensors"])
+def test_resume_after_sigkill_in_the_middle_of_a_save_is_bit_identical(
+    file, finished, archive, tmp_path
+):
     out = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--mode=single", "--root", str(archive),
-               *SMALL, *REST, "--checkpoint-every", "1", "--out", str(out), "--resume"]  # fmt: skip
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(20):
-        # Counted from the first line of output on: start-up takes most of the time.
-        process = subprocess.Popen(
-            command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for text in process.stdout:
-            if b"step" in text or b"no checkpoint" in text:
-                break
-        time.sleep(moments.uniform(0.1, 1.2) if kills < 3 else 0)
-        if kills < 3:
-            process.kill()
-            kills += process.wait() == -signal.SIGKILL
-        elif process.wait() == 0:
-            break
-        process.stdout.close()
-    assert kills == 3 and process.returncode == 0
+    common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--out", out, "--resume"]
+    hits, moments = 0, random.Random(1)
+    for end in ("1", "4", "9", "12"):  # the only save is the one at the end
+        process = fork(*common, "--max-steps", end)
+        while process.is_alive():
+            if part := list(out.glob(f".{file}.*.part")):
+                time.sleep(moments.uniform(0, 0.01))
+                process.kill()
+                process.join()
+                hits += part[0].exists()
+        again = fork(*common, "--max-steps", end)
+        again.join()
+        assert again.exitcode == 0 and not list(out.glob(".*.part"))
+    assert hits > 1  # not each: a kill may come just after the rename
     same_run(out, finished)
 
 
-def test_a_failing_checkpoint_write_keeps_the_one_before(finished, archive, tmp_path):
+@pytest.mark.parametrize("file, largest", [("encoder.safetensors", 20), ("checkpoint.pt", 60)])
+def test_a_full_disk_keeps_the_checkpoint_before(file, largest, finished, archive, tmp_path):
     out = tmp_path / "full"
     common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--out", out]
-    assert run(*common, "--checkpoint-every", "4", "--max-steps", "5").returncode == 0
-    before = (out / "checkpoint.pt").read_bytes()
-    # A process may write no file larger than 20 MB: what a full disk does to the checkpoint.
+    first = fork(*common, "--checkpoint-every", "4", "--max-steps", "5")
+    first.join()
+    before = {name: (out / name).read_bytes() for name in ("checkpoint.pt", file)}
+    # A process may write no file larger than this: what a full disk does to it.
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20));"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest << 20}, {largest << 20}));"
         f"sys.argv = {['pretrain.py', *map(str, common), '--resume']!r};"
         f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", limited], env=ENV, capture_output=True, text=True)
-    assert "the last checkpoint is whole" in one_line(done, 1)
-    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob(".*.part"))
-    assert run(*common, "--resume").returncode == 0
+    full = subprocess.run([sys.executable, "-c", limited], env=ENV, capture_output=True, text=True)
+    assert "the last checkpoint is whole" in one_line(full, 1)
+    assert all((out / name).read_bytes() == kept for name, kept in before.items())
+    assert not list(out.glob(".*.part"))
+    resumed = fork(*common, "--resume")
+    resumed.join()
+    assert first.exitcode == 0 and resumed.exitcode == 0
     same_run(out, finished)
 
 
@@ -526,7 +568,7 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
         (1, ["--mode", "single", "--root", lone, *SMALL], ["has no S1 twin"]),
         (1, ["--mode", "single", *csv, "--s2-bands", "B02,B03"], ["13 bands", "--s2-bands"]),
         (2, ["--mode", "rgb", *csv, "--s2-bands", "B02,B03"], ["Red", "RE5", "Blue, Green"]),
-        (2, ["--mode", "three", *csv, "--s1-bands", "VH,-"], ["needs SAR1", "has"]),
+        (2, ["--mode", "three", *csv, "--s1-bands", "VH,-"], ["2 of SAR1, SAR2; this"]),
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,B77"], ["'B77'"]),
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,VV"], ["wrong file"]),
         (2, ["--mode", "single", "--pairs", tmp_path / "none.csv"], ["none.csv"]),
