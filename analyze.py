@@ -40,8 +40,8 @@ ALPHA = 0.05
 DASH = "–"
 # Results that differ in one of these never share a table. Those that differ in one of
 # ROW_SETTINGS only, or in the hash of the weights, are rows of their own in one table.
-TABLE_SETTINGS = ("size", "classes", "head", "bn", "images")  # images: hash of the data set's list
-ROW_SETTINGS = ("arch", "epochs", "stats", "augment", "lr", "batch")
+TABLE_SETTINGS = ("size", "classes", "head", "images")  # images: hash of the data set's list
+ROW_SETTINGS = ("arch", "bn", "epochs", "stats", "augment", "lr", "batch")
 METRICS = {  # what a result must hold; the tables show the metrics of SHOWN
     "probe": ("f1_macro", "f1_weighted", "accuracy"),
     "segment": ("miou", "aa", "pixel_accuracy"),
@@ -386,7 +386,8 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
         about = [json.loads(row) for row in rows]
         for row, runs in zip(about, rows.values(), strict=True):
             same = [other for other in about if other["name"] == row["name"]]
-            differ = [k for k in row if any(other[k] != row[k] for other in same)]
+            differ = [k for k in row if any(other[k] != row[k] for other in same)
+                      or k == "bn" and any(other[k] != row[k] for other in about)]  # fmt: skip
             extra = ", ".join(str(row[k]) if k == "sha256" else f"{k} {row[k]}" for k in differ)
             label = row["name"] + (f" ({extra})" if extra else "")
             table["rows"].append({"name": row["name"], "label": label, "runs": runs})
@@ -511,7 +512,7 @@ def settings_of(table: dict) -> str:
         words.append(f"images {str(settings['images'])[:8]}")  # a user's own data
     words.append(f"split {settings['split']}")
     words.append("whole data set" if settings["subset"] is None else f"subset {settings['subset']}")
-    words += [f"{key} {settings[key]}" for key in ("size", "head", "bn")
+    words += [f"{key} {settings[key]}" for key in ("size", "head")
               if settings[key] is not None]  # fmt: skip
     words.append(f"{class_count(settings['classes'])} classes")
     return ", ".join(words)
