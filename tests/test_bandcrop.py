@@ -529,7 +529,8 @@ def test_exit_with_batches_under_way_is_clean(tmp_path):
 def test_ctrl_c_stops_a_fill_and_leaves_the_reader_usable(tmp_path, how, threads):
     path = write(tmp_path / "tile.tif", image((1, 256, 256), "u2"))
     code = """
-        import sys, numpy as np, bandcrop
+        import signal, sys, numpy as np, bandcrop
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         out = np.zeros((4, 1, 1024, 1024), np.float32)
         many = [sys.argv[1]] * 4
         reader = bandcrop.Reader(int(sys.argv[3]))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +349,9 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
 def test_an_interrupted_run_leaves_nothing_half_made(tmp_path, kill):
     arguments = [tmp_path / "demo", "--pairs", "5000", "--size", "64"]
     command = [sys.executable, str(HERE / "synthetic.py"), *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in background jobs
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
     for _ in range(500):  # until it is at work
         if any((tmp_path / "demo").rglob("*.tif")):
             break
