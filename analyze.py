@@ -385,9 +385,8 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
         table = {"settings": json.loads(key), "rows": []}
         about = [json.loads(row) for row in rows]
         for row, runs in zip(about, rows.values(), strict=True):
-            same = [other for other in about if other["name"] == row["name"]]
-            differ = [k for k in row if any(other[k] != row[k] for other in same)
-                      or k == "bn" and any(other[k] != row[k] for other in about)]  # fmt: skip
+            differ = [k for k in row if any(other[k] != row[k] for other in about
+                      if k == "bn" or other["name"] == row["name"])]  # fmt: skip
             extra = ", ".join(str(row[k]) if k == "sha256" else f"{k} {row[k]}" for k in differ)
             label = row["name"] + (f" ({extra})" if extra else "")
             table["rows"].append({"name": row["name"], "label": label, "runs": runs})

@@ -608,6 +608,27 @@ def update_teacher(teacher: Network, student: Network, tau: float) -> None:
     torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - tau)
 
 
+def make_optimizer(network: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    decay = args.weight_decay
+    return torch.optim.SGD(
+        network.parameters(), args.lr, args.momentum, weight_decay=decay, fused=True
+    )
+
+
+def train_step(
+    model: nn.Module, teacher: Network, optimizer: torch.optim.Optimizer, a: Tensor, b: Tensor,
+    tau: float, autocast: Callable[[], torch.autocast],
+) -> Tensor:  # fmt: skip
+    """Learn from one batch of views; returns what to watch. `model`: the student, or DDP of it."""
+    with autocast():
+        loss, watch = step_loss(model, teacher, a, b)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    update_teacher(teacher, getattr(model, "module", model), tau)
+    return watch
+
+
 def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
     """Place in the restart cycle that `at` falls in, and that cycle's length."""
     while at >= length:
@@ -791,10 +812,15 @@ def resume_log(path: Path, step: int) -> None:
 
 
 # Loop ---------------------------------------------------------------------------------------------
+# >>> shared: precision
 def native_bf16(device: torch.device) -> bool:
+    """Whether this device computes in bf16 faster than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# <<< shared: precision
 
 
 def start(args: argparse.Namespace, config: dict) -> tuple[dict, torch.device, int, int]:
@@ -865,9 +891,7 @@ def build(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     if world > 1:
         student = synchronise_batchnorm(student, device)
     teacher = make_teacher(student)
-    optimizer = torch.optim.SGD(
-        student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(student, args)
     step, bad = 0, {}
     sums = torch.zeros(4, device=device)  # since the last log line: watch (3), replaced
     path = args.out / "checkpoint.pt"
@@ -930,13 +954,7 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
         a, b = views.contiguous(memory_format=torch.channels_last).chunk(2)  # [N, C, S, S] each
         if step == 0 and first:
             draw_views(out / "views.png", torch.stack([a, b]), batch, archive.bands)
-        with autocast():
-            loss, watch = step_loss(model, teacher, a, b)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        update_teacher(teacher, student, args.tau)
-        sums[:3] += watch
+        sums[:3] += train_step(model, teacher, optimizer, a, b, args.tau, autocast)
         sums[3] += batch.replaced
         step, taken, waited = step + 1, taken + 1, waited + batch.waited
 
@@ -999,8 +1017,6 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
             save_seconds = saved - now
         if stop:
             break
-    if world > 1:
-        dist.destroy_process_group()
     if stop and first:
         print(f"\nstopped at step {step}, saved: --resume goes on", flush=True)
     return 128 + stop[0] if stop else 0
@@ -1030,6 +1046,8 @@ def progress(record: dict, end: int, args: argparse.Namespace, terminal: bool, k
 if __name__ == "__main__":
     try:
         STATUS = main(*PREPARED)
+        if dist.is_available() and dist.is_initialized():  # main's networks use it to their end
+            dist.destroy_process_group()
     except OSError as problem:  # a full or vanished disk
         place = PREPARED[0].out
         fail(1, f"{place}: {problem}: the last checkpoint is whole: mend it, then --resume")

@@ -725,14 +725,18 @@ def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> Non
             fail(1, f"the frozen encoder changed in training, first in {name}; nothing is written")
 
 
-def native_bf16() -> bool:
+# <<< shared: encoder
+
+
+# >>> shared: precision
+def native_bf16(device: torch.device) -> bool:
     """Whether this device computes in bf16 faster than in fp32."""
-    if DEVICE.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# <<< shared: encoder
+# <<< shared: precision
 
 
 def encode(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -854,7 +858,7 @@ def train_scratch(
     steps = epochs * -(-len(rows) // ENCODE_BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
     rng = np.random.default_rng(seed)
-    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16())
+    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
     for _ in range(epochs):
         order = rng.permutation(rows)
         labels, done = torch.from_numpy(images.labels[order]).to(DEVICE), 0
@@ -1084,7 +1088,7 @@ def run(args: argparse.Namespace, images: Images, bands: list[str], seed: int) -
             "train": len(train), "validated": len(val), "test": len(test),
             "mean": mean, "std": std, "replaced_samples": spent["replaced"],
             "unseen_bands": unseen, "synthetic": images.synthetic, "device": DEVICE.type,
-            "bf16": weights.kind == "scratch" and native_bf16(),
+            "bf16": weights.kind == "scratch" and native_bf16(DEVICE),
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
             "encoder": weights.metadata,
         },

@@ -661,14 +661,18 @@ def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> Non
             fail(1, f"the frozen encoder changed in training, first in {name}; nothing is written")
 
 
-def native_bf16() -> bool:
+# <<< shared: encoder
+
+
+# >>> shared: precision
+def native_bf16(device: torch.device) -> bool:
     """Whether this device computes in bf16 faster than in fp32."""
-    if DEVICE.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# <<< shared: encoder
+# <<< shared: precision
 
 
 def dilate(encoder: nn.Module) -> nn.Module:
@@ -735,7 +739,7 @@ def train_decoder(
         optimiser.load_state_dict(state["optimiser"])
         losses = state["losses"]
         print(f"{kept.name}: going on after epoch {len(losses)}", file=sys.stderr, flush=True)
-    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16())
+    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
     saved = time.monotonic()
     for epoch in range(len(losses), args.epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -946,7 +950,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
             "arch": arch, "decoder": "DeepLabHead", "output_stride": 8, "train": len(train),
             "test": len(test), "fewer_than_asked": fewer, "losses": losses, "mean": mean,
             "std": std, "replaced_samples": spent["replaced"], "unseen_bands": unseen,
-            "cached": bool(cached), "bf16_decoder": native_bf16(), "device": DEVICE.type,
+            "cached": bool(cached), "bf16_decoder": native_bf16(DEVICE), "device": DEVICE.type,
             "synthetic": tiles.synthetic, "encoder": weights.metadata,
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
         },

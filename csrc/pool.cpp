@@ -64,7 +64,9 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
             return Status::failure("tag 256 or 257: the image is " +
                                    std::to_string(layout_.height) + " x " +
                                    std::to_string(layout_.width) +
-                                   " pixels, of a window at most 65536 a side are resampled");
+                                   " pixels, of a window at most " +
+                                   std::to_string(static_cast<int>(longest_window)) +
+                                   " a side are resampled");
         down_.set(window[0] * layout_.height, (window[0] + window[2]) * layout_.height,
                   layout_.height, rows);
         across_.set(window[1] * layout_.width, (window[1] + window[3]) * layout_.width,

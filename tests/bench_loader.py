@@ -20,7 +20,6 @@ import ctypes
 import importlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -40,6 +39,7 @@ import bandcrop
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_report import hardware, median, show, table, verdict
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -493,14 +493,6 @@ def clock(run: Callable[[], object], number: int) -> float:
     return (time.perf_counter() - begin) / number
 
 
-def ratio(a: NDArray, b: NDArray) -> tuple[float, float, float]:
-    """Median of a / b over the rounds and its 95 % bootstrap interval."""
-    values = a / b
-    picks = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
-
-
 def micro(times: dict, name: str) -> str:
     return f"{1e6 * np.median(times[name]):.0f}" if name in times else "-"
 
@@ -508,24 +500,6 @@ def micro(times: dict, name: str) -> str:
 def best_library(times: dict) -> str | None:
     libraries = [name for name in times if name not in ("bandcrop", "limit", "memmap")]
     return min(libraries, key=lambda name: np.median(times[name]), default=None)
-
-
-def show(value: tuple[float, float, float]) -> str:
-    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
-
-
-def verdict(value: tuple[float, float, float], aim: float, at_most: bool = False) -> str:
-    """The aim, and whether the median meets it."""
-    met = value[0] <= aim if at_most else value[0] >= aim
-    near = " (within the interval)" if value[1] <= aim <= value[2] else ""
-    return f"{'<=' if at_most else '>='} {aim:g} " + ("met" if met else f"MISSED{near}")
-
-
-def table(title: str, head: str, rows: list[list[str]], notes: str) -> None:
-    columns = head.split("|")
-    print(f"\n### {title}\n\n{notes}\n")
-    for row in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(row)} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -597,12 +571,12 @@ def bench_read(bench: Bench) -> dict:
         figures[layout.name] = times
         row = [layout.name, micro(times, "limit"), micro(times, "bandcrop")]
         if "limit" in times:
-            value = ratio(times["bandcrop"], times["limit"])
+            value = median(times["bandcrop"] / times["limit"])
             row += [show(value), verdict(value, layout.limit, at_most=True)]
         else:
             row += ["-", "-"]
         if best := best_library(times):
-            value = ratio(times[best], times["bandcrop"])
+            value = median(times[best] / times["bandcrop"])
             row += [f"{best}, {micro(times, best)}", show(value), verdict(value, layout.faster)]
         else:
             row += ["-", "-", "-"]
@@ -667,7 +641,7 @@ def bench_resize(bench: Bench) -> dict:
     for name in times:
         row = [name, micro(times, name), "", ""]
         if name in ("F.interpolate", "PIL"):
-            value = ratio(times[name], alone)
+            value = median(times[name] / alone)
             row[2:] = [show(value), verdict(value, 3.5) if name == "F.interpolate" else ""]
         rows.append(row)
     notes = f"""\
@@ -819,17 +793,17 @@ def bench_pairs(bench: Bench, read: dict) -> dict:
         times = measure_pairs(bench, pools, labels, best)
         loops = measure_workers(bench, pools, length)
     one, two = times["bandcrop, 1 thread"], times["bandcrop, 2 threads"]
-    gain = ratio(one, two)
+    gain = median(one / two)
     rows = [["bandcrop, 1 thread", micro(times, "bandcrop, 1 thread"), "", ""]]
     rows.append(["bandcrop, 2 threads", micro(times, "bandcrop, 2 threads")])
     rows[-1] += [f"{show(gain)} times as fast", verdict(gain, 1.6)]
     for name in list(times)[2:]:
-        value = ratio(times[name], one)
+        value = median(times[name] / one)
         aim = 25 if name == "torchgeo's way" else 1.8 if name.startswith("memmap") else 5
         rows.append([name, micro(times, name), show(value), verdict(value, aim)])
     ahead, workers = loops
     rows.append([ahead, micro(loops, ahead), "", ""])
-    slower = f"{show(ratio(loops[workers], loops[ahead]))} against Reader(2)"
+    slower = f"{show(median(loops[workers] / loops[ahead]))} against Reader(2)"
     rows.append([workers, micro(loops, workers), slower, ""])
     notes = f"""\
 An S2 and an S1 file (interleaved) to two normalised views of {VIEW} x {VIEW}, each its own band and
@@ -895,7 +869,7 @@ def bench_cold(bench: Bench) -> dict:
             print("\n### 4. Cold files\n\nNot possible here: the cache does not let go of files.")
             return {}
         figures[layout.name] = times
-        value = show(ratio(times["one by one"], times["one submit"]))
+        value = show(median(times["one by one"] / times["one submit"]))
         cells = [micro(times, name) for name in names]
         rows.append([layout.name, *cells, value, prototype, str(len(times["one submit"]))])
     notes = f"""\
@@ -908,15 +882,6 @@ mincore); a host below may have a cache of its own."""
 
 
 # --------------------------------------------------------------------------------------------------
-
-
-def hardware() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][0]
-    processors = len(os.sched_getaffinity(0))
-    return f"{model}, {processors} processors, {platform.system()} {platform.release()}"
 
 
 def main() -> int:

@@ -33,12 +33,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from bench_report import hardware, median, show, table, verdict
 from synthetic import write_eurosat, write_sen12ms
 from torch import Tensor, nn
 
@@ -75,33 +77,6 @@ def clock(run: Callable[[], object], times: int = 1) -> float:
     return (time.perf_counter() - begin) / times
 
 
-def median(values: list[float] | np.ndarray) -> tuple[float, float, float]:
-    """Median over the rounds and its 95 % bootstrap interval."""
-    values = np.array(values)
-    picks = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
-
-
-def show(value: tuple[float, float, float], form: str = ".2f") -> str:
-    middle, low, high = (format(v, form) for v in value)
-    return f"{middle} [{low}, {high}]"
-
-
-def verdict(value: tuple[float, float, float], aim: float, at_most: bool = False) -> str:
-    """The aim, and whether the median meets it."""
-    met = value[0] <= aim if at_most else value[0] >= aim
-    near = " (within the interval)" if value[1] <= aim <= value[2] else ""
-    return f"{'<=' if at_most else '>='} {aim:g} " + ("met" if met else f"MISSED{near}")
-
-
-def table(title: str, notes: str, head: str, rows: list[list[str]]) -> None:
-    print(f"\n### {title}\n\n{notes}\n")
-    columns = head.split("|")
-    for row in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(row)} |", flush=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # The steps. Each maker returns a function that takes one step on the views it was given, [N, 1, S,
 # S] each. `equal`: with our precision, memory format, heads' widths and optimiser.
@@ -120,12 +95,6 @@ def mark() -> float | torch.cuda.Event:
     return event
 
 
-def our_optimizer(model: nn.Module, settings: argparse.Namespace) -> torch.optim.Optimizer:
-    weights, decay = filter(lambda p: p.requires_grad, model.parameters()), settings.weight_decay
-    rate, momentum = settings.lr, settings.momentum
-    return torch.optim.SGD(weights, rate, momentum, weight_decay=decay, fused=True)
-
-
 def make_ours(
     settings: argparse.Namespace, views: Tensor, marks: list | None = None
 ) -> Callable[[], None]:
@@ -134,13 +103,14 @@ def make_ours(
     student = pretrain.Network(settings.arch, 1, settings.hidden, settings.projection)
     student = student.to(DEVICE, memory_format=torch.channels_last)
     teacher = pretrain.make_teacher(student)
-    optimizer = our_optimizer(student, settings)
+    optimizer = pretrain.make_optimizer(student, settings)
     if DEVICE.type == "cuda":  # as the program does
         example = views[0].contiguous(memory_format=torch.channels_last)
-        pretrain.compile_networks(student, teacher, example, lambda: autocast(True))
+        pretrain.compile_networks(student, teacher, example, partial(autocast, True))
     plan = pretrain.plan_epoch(0, settings.batch_size, list(pretrain.BANDS), settings)
     draws = torch.from_numpy(plan.draws.swapaxes(0, 1).copy()).flatten(0, 1).to(DEVICE)  # [2N, 7]
     both, sums = views.flatten(0, 1), torch.zeros(3, device=DEVICE)
+    fast = partial(autocast, True)
 
     def step() -> None:
         begin = mark()
@@ -148,12 +118,7 @@ def make_ours(
         if marks is not None:
             marks.append((begin, mark()))
         a, b = x.contiguous(memory_format=torch.channels_last).chunk(2)
-        with autocast(True):
-            loss, watch = pretrain.step_loss(student, teacher, a, b)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        pretrain.update_teacher(teacher, student, settings.tau)
+        watch = pretrain.train_step(student, teacher, optimizer, a, b, settings.tau, fast)
         sums.add_(watch)
 
     return step
@@ -166,6 +131,17 @@ def place(model: nn.Module, equal: bool) -> nn.Module:
 def one_channel(encoder: nn.Module) -> nn.Module:
     encoder.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
     return encoder
+
+
+def lightning_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, batch: object, equal: bool
+) -> None:
+    """A step of a LightningModule as its trainer takes it."""
+    with autocast(equal):
+        loss = module.training_step(batch, 0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def make_lightly(settings: argparse.Namespace, views: Tensor, equal: bool) -> Callable[[], None]:
@@ -185,7 +161,7 @@ def make_lightly(settings: argparse.Namespace, views: Tensor, equal: bool) -> Ca
     criterion = NegativeCosineSimilarity()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
     if equal:
-        optimizer = our_optimizer(model, settings)
+        optimizer = pretrain.make_optimizer(model, settings)
     x0, x1 = views
 
     def step() -> None:
@@ -221,16 +197,12 @@ def make_solo(settings: argparse.Namespace, views: Tensor, equal: bool) -> Calla
     one_channel(model.momentum_encoder).conv1.requires_grad_(False)
     place(model, equal)
     model.log_dict = lambda *_, **__: None
-    optimizer = our_optimizer(model, settings) if equal else model.configure_optimizers()
+    optimizer = pretrain.make_optimizer(model, settings) if equal else model.configure_optimizers()
     labels = torch.zeros(views.shape[1], dtype=torch.int64, device=DEVICE)
     batch = (None, list(views), labels)
 
     def step() -> None:
-        with autocast(equal):
-            loss = model.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        lightning_step(model, optimizer, batch, equal)
         for pair in model.momentum_pairs:  # as its on_train_batch_end, which wants a trainer
             model.momentum_updater.update(*pair)
 
@@ -253,17 +225,10 @@ def make_torchgeo(settings: argparse.Namespace, views: Tensor, equal: bool) -> C
     task.log = lambda *_, **__: None
     optimizer = task.configure_optimizers()["optimizer"]
     if equal:
-        optimizer = our_optimizer(task, settings)
+        optimizer = pretrain.make_optimizer(task, settings)
     batch = {"image": torch.cat(list(views), dim=1)}  # [N, 2, S, S]: it takes them apart again
 
-    def step() -> None:
-        with autocast(equal):
-            loss = task.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return partial(lightning_step, task, optimizer, batch, equal)
 
 
 MAKERS = {"torchgeo": make_torchgeo, "lightly": make_lightly, "solo-learn": make_solo}
@@ -318,11 +283,11 @@ def bench_step(settings: argparse.Namespace, rounds: int) -> None:
         rows.append([peer, terms, f"{1e3 * middle:.1f}", rate, show(ratio) if terms else "1", aim])
     table(
         "1. The BYOL step",
+        "step|terms|ms|pairs/s|pretrain.py is x times as fast|aim",
+        rows,
         f"{rounds} rounds of {number} step(s) each. pretrain.py: {TERMS}, channels-last"
         f"{', torch.compile' if DEVICE.type == 'cuda' else ''}, augmentation within. Equal terms: "
         f"{TERMS}, channels-last, heads {settings.hidden} wide, fused SGD.",
-        "step|terms|ms|pairs/s|pretrain.py is x times as fast|aim",
-        rows,
     )
     share, cost = median(100 * augmented / ours), 1e3 * float(np.median(augmented))
     print(f"\nAugmentation within our step: {cost:.1f} ms of it, {show(share, '.1f')} %, aim "
@@ -373,11 +338,11 @@ def bench_program(settings: argparse.Namespace, rounds: int, folder: Path) -> No
     ratio = median(np.array(whole) / (0.5 * (rate[:-1] + rate[1:])))
     table(
         "2. The whole program, from GeoTIFF files",
-        f"{rounds} rounds: epochs 2 to 4 of {number} steps of pretrain.py, by its log.jsonl; the "
-        f"step alone {number} times before and after. {TILES} pairs of files, in the page cache.",
         "pretrain.py, pairs/s|step alone, pairs/s|ratio|aim|data wait",
         [[f"{np.median(whole):.1f}", f"{np.median(rate):.1f}", show(ratio, ".3f"),
           verdict(ratio, 0.98), f"{np.median(waits):.2f} %"]],
+        f"{rounds} rounds: epochs 2 to 4 of {number} steps of pretrain.py, by its log.jsonl; the "
+        f"step alone {number} times before and after. {TILES} pairs of files, in the page cache.",
     )  # fmt: skip
 
     # A line's time is taken before its save: every second interval holds a save, the others none.
@@ -454,28 +419,17 @@ def bench_probe(settings: argparse.Namespace, rounds: int, folder: Path) -> None
         cells.append([ours, theirs, *seconds, show(ratio, ".1f"), verdict(ratio, 50)])
     table(
         f"3. The probe of one band, {settings.arch}, {EPOCHS} epochs",
+        "ours|encoder in every epoch|ours, s|theirs, s (estimated)|ratio|aim",
+        cells,
         f"{rounds} rounds; {10 * IMAGES} images of {size} x {size}, {train} to train on; fp32. "
         f"probe.py's time: reading, encoding, {np.median(heads):.2f} s of heads (second row: one "
         f"head of {EPOCHS} epochs, timed apart, in their place). Encoder in every epoch: ESTIMATED "
         f"as epochs x one measured epoch ({np.median(others):.2f} s), its reading and its test "
         f"free; with the same settings {trained:.0f} epochs of that length.",
-        "ours|encoder in every epoch|ours, s|theirs, s (estimated)|ratio|aim",
-        cells,
     )
 
 
 # --------------------------------------------------------------------------------------------------
-
-
-def hardware() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][0]
-    card = f"{torch.cuda.get_device_name()}; " if DEVICE.type == "cuda" else ""
-    processors = len(os.sched_getaffinity(0))
-    native = "native" if FAST else "not native"
-    return f"{card}{model}, {processors} processors, bf16 {native}"
 
 
 def version(package: str) -> str:
@@ -508,7 +462,9 @@ def main() -> int:
     settings = pretrain.make_parser().parse_args([str(part) for part in given])
     load = os.getloadavg()[0]
     packages = ("torch", "torchvision", *MAKERS)
-    print(f"Measured {time.strftime('%Y-%m-%d %H:%M')} on {hardware()}; load {load:.1f} before.")
+    card = f"{torch.cuda.get_device_name()}; " if cuda else ""
+    print(f"Measured {time.strftime('%Y-%m-%d %H:%M')} on {card}{hardware()}, bf16 "
+          f"{'native' if FAST else 'not native'}; load {load:.1f} before.")  # fmt: skip
     print(f"{args.arch}, {args.size} x {args.size}, batch {args.batch_size}, one channel; "
           f"{torch.get_num_threads()} thread(s) of torch; Python {platform.python_version()}, "
           f"{', '.join(version(package) for package in packages)}.")  # fmt: skip
