@@ -26,28 +26,52 @@ probe() {
 
 segment() {
     $PYTHON segment.py --dataset csv --root $BIGEARTHNET --classes urban,crops,forest,shrub/grass,wetland,water \
-        --band all --arch resnet18 --epochs 8 --seeds 3 --maps 6 --out "$RESULTS" "$@"
+        --arch resnet18 --epochs 8 --seeds 5 --maps 6 --out "$RESULTS" "$@"
 }
 
 for seed in 0 1 2; do
     on_pairs "rs-byol-1-seed$seed" --mode single --seed $seed
     on_pairs "gentle-seed$seed" --mode single --seed $seed $GENTLE
+    on_pairs "ms-only-seed$seed" --mode single --seed $seed --views ms-ms
 done
-on_pairs ms-only --mode single --views ms-ms
-pretrain three --mode three --pairs $BIGEARTHNET $GENTLE
+on_pairs lr-alone --mode single --lr 0.03
+on_pairs tau-alone --mode single --tau 0.99
+on_pairs no-blur --mode single $GENTLE --blur 0,0 --erase 0
+pretrain three --mode three --pairs $BIGEARTHNET $GENTLE --epochs 233
+
+# Is it the archive? MS only on EuroSAT's own images, unlabelled. pretrain.py reads TIFF.
+mkdir -p "$RUNS/eurosat-tiff"
+$PYTHON - "$DATA/eurosat_rgb" "$RUNS/eurosat-tiff" <<'END'
+import pathlib, sys, numpy, tifffile, PIL.Image
+photos, out = map(pathlib.Path, sys.argv[1:])
+names = ["s1,s2"]
+for photo in sorted(photos.glob("*/*.jpg")):
+    name = photo.with_suffix(".tif").name
+    tifffile.imwrite(out / name, numpy.asarray(PIL.Image.open(photo).convert("RGB")), photometric="rgb")
+    names.append(f"{name},{name}")
+(out / "pairs.csv").write_text("\n".join(names) + "\n")
+END
+on_eurosat() {
+    pretrain "$@" --pairs "$RUNS/eurosat-tiff/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH,-,- --mode single \
+        --views ms-ms $GENTLE --restart-epochs 5
+}
+on_eurosat eurosat --epochs 15
+on_eurosat eurosat-plain --epochs 35 --blur 0,0 --erase 0 --crop-area 0.3
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
-for run in random rs-byol-1-seed0 gentle-seed0 ms-only; do
+for run in random rs-byol-1-seed0 gentle-seed0 ms-only-seed0; do
     weights=$run
     [ "$run" = random ] || weights="$RUNS/$run/encoder.safetensors"
     for bn in encoder reestimate; do
         probe $RGB --band all --weights "$weights" --bn $bn
     done
 done
-for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2; do
+for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2 ms-only-seed1 ms-only-seed2 \
+    lr-alone tau-alone no-blur eurosat eurosat-plain; do
     probe $RGB --band Red --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
 done
-probe $RGB --band Red --weights scratch --epochs 5
+probe $RGB --band all --weights scratch --epochs 5
+probe $RGB --bands RGB --weights scratch --epochs 5
 probe $RGB --bands RGB --weights random
 probe $RGB --bands RGB --weights "$RUNS/three/encoder.safetensors" --bn reestimate
 
@@ -56,6 +80,8 @@ for data in "eurosat --root $DATA/eurosat --band all" "resisc45 --root $DATA/res
     probe --dataset $data --weights random
     probe --dataset $data --weights "$ENCODER" --bn reestimate
 done
-segment --weights random
-segment --weights "$ENCODER" --bn reestimate
+probe --dataset eurosat --root "$DATA/eurosat" --band all --weights scratch --epochs 10
+segment --band all --weights random
+segment --band all --weights "$ENCODER" --bn reestimate
+segment --band NIR --weights scratch
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof
