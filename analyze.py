@@ -359,7 +359,8 @@ def row_settings(result: dict) -> dict:
     # random and scratch draw new weights for each seed, so their hash is no other encoder
     sha = "" if name in (RANDOM, SCRATCH) else str(result["weights"].get("sha256") or "")
     row = {"name": name, "sha256": sha[:8]}
-    return row | {key: result["config"].get(key) for key in ROW_SETTINGS}
+    row |= {key: result["config"].get(key) for key in ROW_SETTINGS}
+    return row | ({"bn": None} if name == SCRATCH else {})  # its BatchNorm is trained
 
 
 def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
@@ -385,8 +386,8 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
         table = {"settings": json.loads(key), "rows": []}
         about = [json.loads(row) for row in rows]
         for row, runs in zip(about, rows.values(), strict=True):
-            differ = [k for k in row if any(other[k] != row[k] for other in about
-                      if k == "bn" or other["name"] == row["name"])]  # fmt: skip
+            differ = [k for k in row if row[k] is not None and any(other[k] != row[k]
+                      for other in about if k == "bn" or other["name"] == row["name"])]  # fmt: skip
             extra = ", ".join(str(row[k]) if k == "sha256" else f"{k} {row[k]}" for k in differ)
             label = row["name"] + (f" ({extra})" if extra else "")
             table["rows"].append({"name": row["name"], "label": label, "runs": runs})

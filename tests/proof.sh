@@ -80,7 +80,9 @@ for data in "eurosat --root $DATA/eurosat --band all" "resisc45 --root $DATA/res
     probe --dataset $data --weights random
     probe --dataset $data --weights "$ENCODER" --bn reestimate
 done
-probe --dataset eurosat --root "$DATA/eurosat" --band all --weights scratch --epochs 10
+for band in Red NIR; do
+    probe --dataset eurosat --root "$DATA/eurosat" --band $band --weights scratch
+done
 segment --band all --weights random
 segment --band all --weights "$ENCODER" --bn reestimate
 segment --band NIR --weights scratch

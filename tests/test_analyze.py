@@ -334,6 +334,16 @@ def test_other_encoders_of_one_name_are_rows_of_their_own(tmp_path, change):
     assert any(str(next(iter(change.values()))) in label for label in labels)
 
 
+def test_batchnorm_is_named_on_all_frozen_rows_once_it_differs(tmp_path):
+    write(tmp_path, result(name="Random init"))
+    write(tmp_path, result(name="Scratch supervised"))
+    write(tmp_path, result(bn="reestimate"))
+    (table,), _ = tables_of(tmp_path)
+    labels = {row["label"] for row in table["rows"]}
+    frozen = {"Random init (bn encoder)", "RS-BYOL-1 (bn reestimate)"}
+    assert labels == frozen | {"Scratch supervised"}
+
+
 def test_random_weights_of_different_seeds_are_one_row(tmp_path):
     for seed in range(3):
         made = result(name="Random init", seed=seed)
