@@ -763,6 +763,16 @@ def look(index: int) -> dict:
             "hatch": HATCHES[(index + turn) % len(HATCHES)]}  # fmt: skip
 
 
+def legend_below(figure, axis, columns: int, size: int = 8) -> None:
+    """The labels of `axis` under all axes, in so many columns or in fewer that fit the width."""
+    handles, labels = axis.get_legend_handles_labels()
+    widest = (5 + 0.6 * max(map(len, labels))) * size / 72  # inches, the handle included
+    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size
+    )
+
+
 def draw_bars(table: dict):
     """A group of bars for each band, a bar for each row; the paper's figures as diamonds."""
     rows, columns = table["rows"], table["columns"]
@@ -784,8 +794,7 @@ def draw_bars(table: dict):
             )
         axis.set_xticks(range(len(columns)), columns)
         axis.set_ylabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend_below(figure, axes[0], 3)
     return figure
 
 
@@ -924,8 +933,7 @@ def draw_tsne(table: dict, faults: list[str]):
             axis.scatter(*points[labels == index].T, 10, label=name, linewidths=0.1, **style)
         axis.set_title(f"{label}, {column}", fontsize=9)
         axis.set(xticks=[], yticks=[])
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
+    legend_below(figure, axes[0], 5, 7)
     return figure
 
 
@@ -947,7 +955,7 @@ def draw_runs(runs: list[dict]):
         axis.set_ylabel(label)
     axes[-1].set_xlabel("step (dotted: restart of the learning rate)")
     axes[1].set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend_below(figure, axes[0], 3)
     return figure
 
 

@@ -602,6 +602,22 @@ def test_every_figure_is_png_and_svg_and_stands_in_the_page(report):
         )
 
 
+@pytest.mark.parametrize("names", [3, 9])
+def test_the_legend_stays_inside_the_figure(tmp_path, names):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for index in range(names):
+        for bn in ("encoder", "reestimate"):
+            write(tmp_path, result("segment", f"byol number {index}", bn=bn), f"{index} {bn}")
+    (table,), _ = tables_of(tmp_path)
+    figure = analyze.draw_bars(table)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    inside = figure.bbox.extents
+    shown = legend.get_window_extent().extents
+    assert (shown[:2] >= inside[:2]).all() and (shown[2:] <= inside[2:]).all()
+
+
 def test_the_digits_of_a_matrix_look_as_matplotlibs_text_does():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
