@@ -36,7 +36,10 @@ for seed in 0 1 2; do
 done
 on_pairs lr-alone --mode single --lr 0.03
 on_pairs tau-alone --mode single --tau 0.99
-on_pairs no-blur --mode single $GENTLE --blur 0,0 --erase 0 --epochs 310
+on_pairs gentle-long --mode single $GENTLE --epochs 150
+for seed in 0 1; do
+    on_pairs "no-blur-seed$seed" --mode single --seed $seed $GENTLE --blur 0,0 --erase 0 --epochs 310
+done
 pretrain three --mode three --pairs $BIGEARTHNET $GENTLE --epochs 233
 
 # Is it the archive? MS only on EuroSAT's own images, unlabelled. pretrain.py reads TIFF.
@@ -69,10 +72,11 @@ for run in random rs-byol-1-seed0 gentle-seed0 ms-only-seed0; do
     done
 done
 for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2 ms-only-seed1 ms-only-seed2 \
-    lr-alone tau-alone no-blur eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
+    lr-alone tau-alone gentle-long no-blur-seed0 no-blur-seed1 eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
     probe $RGB --band Red --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
 done
-for early in no-blur/encoder-epoch0070 eurosat-plain-seed0/encoder-epoch0015; do # before the last cycle
+# at the ends of earlier cycles
+for early in no-blur-seed0/encoder-epoch0070 no-blur-seed0/encoder-epoch0150 eurosat-plain-seed0/encoder-epoch0015; do
     probe $RGB --band Red --weights "$RUNS/$early.safetensors" --bn reestimate
 done
 probe $RGB --band all --weights scratch --epochs 5
