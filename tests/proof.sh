@@ -36,7 +36,6 @@ for seed in 0 1 2; do
 done
 on_pairs lr-alone --mode single --lr 0.03
 on_pairs tau-alone --mode single --tau 0.99
-on_pairs gentle-long --mode single $GENTLE --epochs 150
 for seed in 0 1; do
     on_pairs "no-blur-seed$seed" --mode single --seed $seed $GENTLE --blur 0,0 --erase 0 --epochs 310
 done
@@ -72,7 +71,7 @@ for run in random rs-byol-1-seed0 gentle-seed0 ms-only-seed0; do
     done
 done
 for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2 ms-only-seed1 ms-only-seed2 \
-    lr-alone tau-alone gentle-long no-blur-seed0 no-blur-seed1 eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
+    lr-alone tau-alone no-blur-seed1 eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
     probe $RGB --band Red --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
 done
 # at the ends of earlier cycles
@@ -85,6 +84,9 @@ probe $RGB --bands RGB --weights random
 probe $RGB --bands RGB --weights "$RUNS/three/encoder.safetensors" --bn reestimate
 
 ENCODER="$RUNS/gentle-seed0/encoder.safetensors"
+LONG="$RUNS/no-blur-seed0/encoder.safetensors"
+probe $RGB --band all --weights "$LONG" --bn reestimate
+probe --dataset eurosat --root "$DATA/eurosat" --band all --weights "$LONG" --bn reestimate
 for data in "eurosat --root $DATA/eurosat --band all" "resisc45 --root $DATA/resisc45 --band Red"; do
     probe --dataset $data --weights random
     probe --dataset $data --weights "$ENCODER" --bn reestimate
