@@ -387,7 +387,8 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
         about = [json.loads(row) for row in rows]
         for row, runs in zip(about, rows.values(), strict=True):
             differ = [k for k in row if row[k] is not None and any(other[k] != row[k]
-                      for other in about if k == "bn" or other["name"] == row["name"])]  # fmt: skip
+                      for other in about if other["name"] == row["name"]
+                      or k == "bn" and other["bn"])]  # fmt: skip
             extra = ", ".join(str(row[k]) if k == "sha256" else f"{k} {row[k]}" for k in differ)
             label = row["name"] + (f" ({extra})" if extra else "")
             table["rows"].append({"name": row["name"], "label": label, "runs": runs})
