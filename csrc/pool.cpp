@@ -61,12 +61,10 @@ Status Worker::image(const Request& request, const std::string& path, std::size_
             static_cast<std::uint32_t>(transposes ? request.height : request.width);
         if (window[2] * layout_.height > longest_window ||
             window[3] * layout_.width > longest_window)
-            return Status::failure("tag 256 or 257: the image is " +
-                                   std::to_string(layout_.height) + " x " +
-                                   std::to_string(layout_.width) +
-                                   " pixels, of a window at most " +
-                                   std::to_string(static_cast<int>(longest_window)) +
-                                   " a side are resampled");
+            return Status::failure(
+                "tag 256 or 257: the image is " + std::to_string(layout_.height) + " x " +
+                std::to_string(layout_.width) + " pixels, of a window at most " +
+                std::to_string(static_cast<int>(longest_window)) + " a side are resampled");
         down_.set(window[0] * layout_.height, (window[0] + window[2]) * layout_.height,
                   layout_.height, rows);
         across_.set(window[1] * layout_.width, (window[1] + window[3]) * layout_.width,
