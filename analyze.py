@@ -385,10 +385,11 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
     for key, rows in grouped.items():
         table = {"settings": json.loads(key), "rows": []}
         about = [json.loads(row) for row in rows]
+        mixed = len({row["bn"] for row in about} - {None}) > 1  # then each frozen row names its own
         for row, runs in zip(about, rows.values(), strict=True):
-            differ = [k for k in row if row[k] is not None and any(other[k] != row[k]
-                      for other in about if other["name"] == row["name"]
-                      or k == "bn" and other["bn"])]  # fmt: skip
+            same = [other for other in about if other["name"] == row["name"]]
+            differ = [k for k in row if any(other[k] != row[k] for other in same)
+                      or k == "bn" and mixed and row["bn"]]  # fmt: skip
             extra = ", ".join(str(row[k]) if k == "sha256" else f"{k} {row[k]}" for k in differ)
             label = row["name"] + (f" ({extra})" if extra else "")
             table["rows"].append({"name": row["name"], "label": label, "runs": runs})

@@ -609,9 +609,8 @@ def update_teacher(teacher: Network, student: Network, tau: float) -> None:
 
 
 def make_optimizer(network: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
-    decay = args.weight_decay
     return torch.optim.SGD(
-        network.parameters(), args.lr, args.momentum, weight_decay=decay, fused=True
+        network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
 
 

@@ -104,13 +104,13 @@ def make_ours(
     student = student.to(DEVICE, memory_format=torch.channels_last)
     teacher = pretrain.make_teacher(student)
     optimizer = pretrain.make_optimizer(student, settings)
+    fast = partial(autocast, True)
     if DEVICE.type == "cuda":  # as the program does
         example = views[0].contiguous(memory_format=torch.channels_last)
-        pretrain.compile_networks(student, teacher, example, partial(autocast, True))
+        pretrain.compile_networks(student, teacher, example, fast)
     plan = pretrain.plan_epoch(0, settings.batch_size, list(pretrain.BANDS), settings)
     draws = torch.from_numpy(plan.draws.swapaxes(0, 1).copy()).flatten(0, 1).to(DEVICE)  # [2N, 7]
     both, sums = views.flatten(0, 1), torch.zeros(3, device=DEVICE)
-    fast = partial(autocast, True)
 
     def step() -> None:
         begin = mark()
@@ -118,8 +118,7 @@ def make_ours(
         if marks is not None:
             marks.append((begin, mark()))
         a, b = x.contiguous(memory_format=torch.channels_last).chunk(2)
-        watch = pretrain.train_step(student, teacher, optimizer, a, b, settings.tau, fast)
-        sums.add_(watch)
+        sums.add_(pretrain.train_step(student, teacher, optimizer, a, b, settings.tau, fast))
 
     return step
 
