@@ -740,10 +740,16 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def encode(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Features float32 [N, D] on the CPU, by the encoder in eval mode."""
+    """Features float32 [N, D] on the CPU, by the encoder in eval mode.
+
+    Computed in bf16 where that is native: 1.9 times as fast on a CPU with AVX512-BF16. On 3,000
+    EuroSAT photos single seeds' F1 moved by up to 0.02 either way, means of five by under 0.005.
+    """
     encoder.eval()  # else BatchNorm would use, and change with, the batch
-    with torch.no_grad():
-        return torch.cat([encoder(for_encoder(encoder, batch)).cpu() for batch in batches])
+    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
+    with torch.no_grad(), fast:
+        parts = [encoder(for_encoder(encoder, batch)).float().cpu() for batch in batches]
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------- heads
@@ -974,7 +980,7 @@ def cached_features(
     spent: Any,
 ) -> torch.Tensor:
     """Features of `rows` [N, D]; from `cache` where the same weights met the same pixels before."""
-    key = hashlib.sha256(json.dumps(setup).encode())
+    key = hashlib.sha256(json.dumps([setup, native_bf16(DEVICE)]).encode())
     for name, value in encoder.state_dict().items():
         key.update(name.encode() + value.cpu().numpy().tobytes())
     for path in (path for row in rows for path in images.files[row] if cache):
@@ -1088,7 +1094,7 @@ def run(args: argparse.Namespace, images: Images, bands: list[str], seed: int) -
             "train": len(train), "validated": len(val), "test": len(test),
             "mean": mean, "std": std, "replaced_samples": spent["replaced"],
             "unseen_bands": unseen, "synthetic": images.synthetic, "device": DEVICE.type,
-            "bf16": weights.kind == "scratch" and native_bf16(DEVICE),
+            "bf16": native_bf16(DEVICE),
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
             "encoder": weights.metadata,
         },

@@ -420,9 +420,10 @@ def bench_probe(settings: argparse.Namespace, rounds: int, folder: Path) -> None
         f"3. The probe of one band, {settings.arch}, {EPOCHS} epochs",
         "ours|encoder in every epoch|ours, s|theirs, s (estimated)|ratio|aim",
         cells,
-        f"{rounds} rounds; {10 * IMAGES} images of {size} x {size}, {train} to train on; fp32. "
-        f"probe.py's time: reading, encoding, {np.median(heads):.2f} s of heads (second row: one "
-        f"head of {EPOCHS} epochs, timed apart, in their place). Encoder in every epoch: ESTIMATED "
+        f"{rounds} rounds; {10 * IMAGES} images of {size} x {size}, {train} to train on; ours "
+        f"encodes in {TERMS}, theirs in fp32. probe.py's time: reading, encoding, "
+        f"{np.median(heads):.2f} s of heads (second row: one head of {EPOCHS} epochs, timed "
+        f"apart, in their place). Encoder in every epoch: ESTIMATED "
         f"as epochs x one measured epoch ({np.median(others):.2f} s), its reading and its test "
         f"free; with the same settings {trained:.0f} epochs of that length.",
     )

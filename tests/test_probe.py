@@ -574,6 +574,19 @@ def test_features_on_disk_are_used_again_for_the_same_weights_data_bands_and_siz
     assert len(encoded) == 3
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_features_are_float32_whatever_the_encoder_computes_in(fast, monkeypatch):
+    monkeypatch.setattr(probe, "native_bf16", lambda device: fast)
+    encoder, _ = probe.load_encoder(probe.find_weights("random"), "resnet18", 1)
+    images = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = probe.encode(encoder, iter(images.split(4)))
+    with torch.no_grad():
+        exact = encoder(images)
+    assert features.dtype == torch.float32
+    error = (features - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.02 if fast else error < 1e-6
+
+
 def test_scratch_trains_the_encoder_too(photos, tmp_path):
     probe_run(photos, tmp_path, "--weights", "scratch", "--cam", 2, "--epochs", 3)
     [result] = results(tmp_path)
