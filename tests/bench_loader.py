@@ -11,7 +11,8 @@ pixels are checked before it is timed.
 
 The limit is a C function compiled at run time: open, pread of a 4 KB header, one pread of the exact
 rows or strips into a reused buffer, close and, for compressed files, the codec library alone on
-those strips. It makes no float, undoes no predictor and parses nothing.
+those strips. It makes no float, undoes no predictor and parses nothing. "With floats": the same
+function, told where the window lies, also writes its floats to where bandcrop writes them.
 """
 
 import argparse
@@ -261,8 +262,11 @@ LIMIT = r"""
 #endif
 // codec 0: read only; 1: zlib streams; 2: zstd frames. File i: strips[i] neighbouring strips of at
 // most `unit` decoded bytes each. Returns how many files were read.
+// With `made` it also writes the window's floats there; window: bytes from row to row, bytes of a
+// sample, samples from one to the next; then of each file bytes to the first, rows, columns.
 long limit(const char **paths, long n, int codec, const int64_t *strips, const int64_t *offsets,
-           const int64_t *counts, char *in, char *out, int64_t unit) {
+           const int64_t *counts, char *in, char *out, int64_t unit, const int64_t *window,
+           float *made) {
   static char header[4096];
 #ifdef DEFLATE
   static struct libdeflate_decompressor *inflate;
@@ -289,6 +293,18 @@ long limit(const char **paths, long n, int codec, const int64_t *strips, const i
 #ifdef ZSTD
       if (codec == 2) ok = !ZSTD_isError(ZSTD_decompressDCtx(context, out, unit, strip, counts[j]));
 #endif
+    }
+    if (made) {
+      const int64_t *at = window + 3 + 3 * i, stride = window[2];
+#define FLOATS(TYPE, STRIDE)                                                       \
+  for (int64_t r = 0; r < at[1]; r++, made += at[2]) {                             \
+    const TYPE *row = (const TYPE *)(in + at[0] + r * window[0]);                  \
+    for (int64_t c = 0; c < at[2]; c++) made[c] = (float)row[c * (STRIDE)];        \
+  }
+      if (window[1] == 2 && stride == 1) FLOATS(uint16_t, 1)
+      else if (window[1] == 2) FLOATS(uint16_t, stride)
+      else if (stride == 1) FLOATS(float, 1)
+      else FLOATS(float, 2)
     }
     good += ok;
   }
@@ -320,7 +336,7 @@ def compile_limit(folder: Path) -> tuple[ctypes.CDLL | None, list[str]]:
         return None, []
     source, library = folder / "limit.c", folder / "limit.so"
     source.write_text(LIMIT)
-    base = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
+    base = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)]
     codecs, flags = ["none"], []
     for codec, more in (("deflate", ["-DDEFLATE", "-ldeflate"]), ("zstd", ["-DZSTD", "-lzstd"])):
         if subprocess.run([*base, *flags, *more], capture_output=True).returncode == 0:
@@ -333,8 +349,10 @@ def compile_limit(folder: Path) -> tuple[ctypes.CDLL | None, list[str]]:
     return functions, [*codecs, *(["lzw"] if imagecodecs else [])]
 
 
-def prepare_limit(functions: ctypes.CDLL, draw: Draw) -> Callable[[], None]:
-    """A call that reads, and decodes, what `draw` needs and no more."""
+def prepare_limit(
+    functions: ctypes.CDLL, draw: Draw, out: NDArray | None = None
+) -> Callable[[], None]:
+    """A call that reads, and decodes, what `draw` needs and no more; or fills out [N, 1, h, w]."""
     pool, layout = draw.pool, draw.pool.layout
     bands, height, width = pool.tiles[0].shape
     separate = layout.planar == "separate"
@@ -352,6 +370,12 @@ def prepare_limit(functions: ctypes.CDLL, draw: Draw) -> Callable[[], None]:
             offsets.append(pool.offsets[file % BASES, strips])
             counts.append(pool.counts[file % BASES, strips])
     paths = [os.fsencode(path) for path in draw.paths]
+    stride = 1 if separate else bands
+    window = np.zeros((1 + len(paths), 3), np.int64)
+    window[0] = row, row // width // stride, stride
+    window[1:, 0] = (draw.boxes[:, 1] * stride + draw.bands * (not separate)) * window[0, 1]
+    window[1:, 1:] = draw.boxes[:, 2:]
+    made = None if out is None else ctypes.c_void_p(out.ctypes.data)
     everything = list(range(len(paths)))
     codec = {"deflate": 1, "zstd": 2}.get(layout.codec, 0)
     calls = []  # one; for LZW, which C does not decode, one a file
@@ -360,13 +384,16 @@ def prepare_limit(functions: ctypes.CDLL, draw: Draw) -> Callable[[], None]:
         at = np.concatenate([offsets[i] for i in group])
         sizes = np.concatenate([counts[i] for i in group])
         names = (ctypes.c_char_p * len(group))(*[paths[i] for i in group])
-        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (lengths, at, sizes, READ, DECODED)]
+        kept = lengths, at, sizes, window
+        *arrays, place = [ctypes.c_void_p(a.ctypes.data) for a in kept]
+        buffers = [ctypes.c_void_p(a.ctypes.data) for a in (READ, DECODED)]
         unit = ctypes.c_int64(strip_rows * row)
-        calls.append(((names, ctypes.c_long(len(group)), codec, *arrays, unit), lengths, at, sizes))
+        arguments = names, ctypes.c_long(len(group)), codec, *arrays, *buffers, unit, place, made
+        calls.append((arguments, *kept))
 
     def run() -> None:
         good = 0
-        for arguments, _, at, sizes in calls:
+        for arguments, _, at, sizes, _ in calls:
             good += functions.limit(*arguments)
             if layout.codec == "lzw":
                 for begin, size in zip((at - at[0]).tolist(), sizes.tolist(), strict=True):
@@ -498,7 +525,8 @@ def micro(times: dict, name: str) -> str:
 
 
 def best_library(times: dict) -> str | None:
-    libraries = [name for name in times if name not in ("bandcrop", "limit", "memmap")]
+    others = ("bandcrop", "limit", "with floats", "memmap")
+    libraries = [name for name in times if name not in others]
     return min(libraries, key=lambda name: np.median(times[name]), default=None)
 
 
@@ -506,11 +534,13 @@ def best_library(times: dict) -> str | None:
 # 1. Reading
 
 
-def wrong_pixels(reader: str, pool: Pool, rng: np.random.Generator) -> str:
+def wrong_pixels(reader: str, pool: Pool, bench: Bench) -> str:
     """Why a reader cannot be timed on these files; "" where its pixels are right."""
-    draw, out = draw_crops(pool, rng, 6, (37, 29)), np.zeros((6, 1, 37, 29), np.float32)
+    draw, out = draw_crops(pool, bench.rng, 6, (37, 29)), np.zeros((6, 1, 37, 29), np.float32)
     try:
-        if reader == "bandcrop":
+        if reader == "with floats":
+            prepare_limit(bench.functions, draw, out)()
+        elif reader == "bandcrop":
             for i, (path, band, box) in enumerate(calls_of(draw)):
                 out[i] = bandcrop.read(path, [band], tuple(box))
         else:
@@ -539,19 +569,25 @@ def read_layout(bench: Bench, pool: Pool, left_out: list[str]) -> dict[str, NDAr
     def limit(number: int) -> float:
         return clock(prepare_limit(bench.functions, crops(number, BATCH)[0]), BATCH)
 
+    def floats(number: int) -> float:
+        return clock(prepare_limit(bench.functions, *crops(number, BATCH)), BATCH)
+
     def peer(number: int, name: str, count: int) -> float:
         draw, out = crops(number, count)
         return clock(lambda: loop(name, draw, out), count)
 
-    if why := wrong_pixels("bandcrop", pool, rng):
-        raise SystemExit(f"bench_loader.py: error: {layout.name}: {why}")
     methods = {"bandcrop": ours}
     if layout.codec in bench.codecs:
         methods["limit"] = limit
+        if layout.codec == "none":
+            methods["with floats"] = floats
+    for name in methods:
+        if name != "limit" and (why := wrong_pixels(name, pool, bench)):
+            raise SystemExit(f"bench_loader.py: error: {layout.name}: {why}")
     for name in bench.readers:
         if name == "memmap" and layout.codec != "none":
             continue
-        if why := wrong_pixels(name, pool, rng):
+        if why := wrong_pixels(name, pool, bench):
             left_out.append(f"{layout.name}: {why}")
             continue
         count = int(np.clip(0.02 / peer(0, name, 4), bench.least, BATCH))  # slow: fewer a round
@@ -569,7 +605,7 @@ def bench_read(bench: Bench) -> dict:
         with pool_of(bench, layout) as pool:
             times = read_layout(bench, pool, left_out)
         figures[layout.name] = times
-        row = [layout.name, micro(times, "limit"), micro(times, "bandcrop")]
+        row = [layout.name, *[micro(times, key) for key in ("limit", "with floats", "bandcrop")]]
         if "limit" in times:
             value = median(times["bandcrop"] / times["limit"])
             row += [show(value), verdict(value, layout.limit, at_most=True)]
@@ -587,7 +623,7 @@ One band's random crop as float32 at native size, one thread, warm cache; us a c
 of {BATCH}; the limit: one C call for {BATCH}; peers: a call a crop. Windows have BYOL's areas
 (0.08 to 1) and ratios, one size a round. LZW has no library: its limit calls
 imagecodecs.lzw_decode for each strip from Python, which bandcrop's own decoder may beat."""
-    head = "file|limit|bandcrop|x limit|aim|best library|x faster|aim|rounds"
+    head = "file|limit|with floats|bandcrop|x limit|aim|best library|x faster|aim|rounds"
     table("1. Reading", head, rows, notes)
     notes = "us a crop; memmap is hand-written and knows where the pixels lie."
     table("Every reader", "|".join(["file", *bench.readers]), every, notes)
