@@ -925,8 +925,8 @@ def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
         example = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
         compile_networks(student, teacher, example, autocast)
     model: nn.Module = student
-    if world > 1:  # BatchNorm's statistics are the same in every process already
-        model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(student)
 
     asked: list[int] = []  # the signals that asked to stop
 

@@ -609,7 +609,7 @@ def work():  # what uses the group is gone before the group is
     student, a, b = torch.load(sys.argv[2], weights_only=False)
     student = pretrain.synchronise_batchnorm(student, torch.device("cpu"))
     teacher = pretrain.make_teacher(student)
-    model = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    model = torch.nn.parallel.DistributedDataParallel(student)
     mine = slice(4 * rank, 4 * rank + 4)
     loss, watch = pretrain.step_loss(model, teacher, a[mine], b[mine])
     loss.backward()
