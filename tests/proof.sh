@@ -9,6 +9,7 @@ RUNS=runs/proof
 RESULTS=results/proof
 BIGEARTHNET="$DATA/bigearthnet/tiles.csv --s2-bands B02,B03,B04,B08 --s1-bands VV,VH"
 GENTLE="--lr 0.03 --tau 0.99"
+PLAIN="--blur 0,0 --erase 0"
 
 pretrain() { # name, then flags
     name=$1
@@ -37,8 +38,13 @@ done
 on_pairs lr-alone --mode single --lr 0.03
 on_pairs tau-alone --mode single --tau 0.99
 for seed in 0 1; do
-    on_pairs "no-blur-seed$seed" --mode single --seed $seed $GENTLE --blur 0,0 --erase 0 --epochs 310
+    on_pairs "plain-seed$seed" --mode single --seed $seed $GENTLE $PLAIN --epochs 310
 done
+on_pairs gentle-long --mode single $GENTLE --epochs 310
+on_pairs ms-only-plain --mode single --views ms-ms $GENTLE $PLAIN --epochs 310
+on_pairs paper-long --mode single --epochs 150
+on_pairs erasing-alone --mode single $GENTLE --blur 0,0 --epochs 150
+on_pairs blur-alone --mode single $GENTLE --erase 0 --epochs 150
 pretrain three --mode three --pairs $BIGEARTHNET $GENTLE --epochs 233
 
 # Is it the archive? MS only on EuroSAT's own images, unlabelled. pretrain.py reads TIFF.
@@ -59,7 +65,7 @@ on_eurosat() {
 }
 on_eurosat eurosat --epochs 15
 for seed in 0 1; do
-    on_eurosat "eurosat-plain-seed$seed" --epochs 35 --blur 0,0 --erase 0 --crop-area 0.3 --seed $seed
+    on_eurosat "eurosat-plain-seed$seed" --epochs 35 $PLAIN --crop-area 0.3 --seed $seed
 done
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
@@ -71,11 +77,13 @@ for run in random rs-byol-1-seed0 gentle-seed0 ms-only-seed0; do
     done
 done
 for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2 ms-only-seed1 ms-only-seed2 \
-    lr-alone tau-alone no-blur-seed1 eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
+    lr-alone tau-alone plain-seed1 gentle-long ms-only-plain paper-long erasing-alone blur-alone \
+    eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
     probe $RGB --band Red --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
 done
 # at the ends of earlier cycles
-for early in no-blur-seed0/encoder-epoch0070 no-blur-seed0/encoder-epoch0150 eurosat-plain-seed0/encoder-epoch0015; do
+for early in plain-seed0/encoder-epoch0070 plain-seed0/encoder-epoch0150 plain-seed1/encoder-epoch0150 \
+    gentle-long/encoder-epoch0150 eurosat-plain-seed0/encoder-epoch0015; do
     probe $RGB --band Red --weights "$RUNS/$early.safetensors" --bn reestimate
 done
 probe $RGB --band all --weights scratch --epochs 5
@@ -84,17 +92,20 @@ probe $RGB --bands RGB --weights random
 probe $RGB --bands RGB --weights "$RUNS/three/encoder.safetensors" --bn reestimate
 
 ENCODER="$RUNS/gentle-seed0/encoder.safetensors"
-LONG="$RUNS/no-blur-seed0/encoder.safetensors"
+LONG="$RUNS/plain-seed0/encoder.safetensors"
 probe $RGB --band all --weights "$LONG" --bn reestimate
-probe --dataset eurosat --root "$DATA/eurosat" --band all --weights "$LONG" --bn reestimate
+probe $RGB --band Red --weights "$LONG" --bn reestimate --stats encoder
 for data in "eurosat --root $DATA/eurosat --band all" "resisc45 --root $DATA/resisc45 --band Red"; do
     probe --dataset $data --weights random
     probe --dataset $data --weights "$ENCODER" --bn reestimate
+    probe --dataset $data --weights "$LONG" --bn reestimate
 done
-for band in Red NIR; do
-    probe --dataset eurosat --root "$DATA/eurosat" --band $band --weights scratch
+probe --dataset eurosat --root "$DATA/eurosat" --band all --weights scratch --epochs 50
+for weights in random "$LONG --bn reestimate" "scratch --epochs 20"; do # at 128 scratch takes an hour
+    probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 64 --weights $weights
 done
 segment --band all --weights random
 segment --band all --weights "$ENCODER" --bn reestimate
-segment --band NIR --weights scratch
+segment --band all --weights "$LONG" --bn reestimate
+segment --band all --weights scratch
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof
