@@ -367,7 +367,7 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
     """Sort results into tables: {"settings", "columns", "rows": [{"name", "label", "runs"}], ...}.
 
     A row's "runs" is {column: {seed: result}}. A second result for one seed of one cell is named in
-    `faults` and left out. "cells" and "tests" are added by fill_cells.
+    `faults` and left out. "cells" and "tests" are added by fill_cells, "apart" by tell_apart.
     """
     grouped: dict[str, dict[str, dict]] = {}
     for result in results:
@@ -406,6 +406,7 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
     ranked = sorted(zip(order, kinds, grouped, tables, strict=True), key=lambda entry: entry[:3])
     for number, (*_, table) in enumerate(ranked, 1):
         table["number"] = number
+    tell_apart(tables)
     return [table for *_, table in ranked]
 
 
@@ -498,26 +499,48 @@ def title_of(table: dict) -> str:
     kind = (settings["stage"], settings["channels"])
     what = {"probe": "Classification F1", "segment": "Segmentation"}[settings["stage"]]
     title = TITLES.get(kind, f"{what}, {settings['channels']} channels")
-    synthetic = ", SYNTHETIC images" if settings["synthetic"] else ""
-    return f"{table['number']}. {title}: {dataset_of(table)}{synthetic}"
+    return f"{table['number']}. {title}: {subject_of(table)}"
 
 
-def dataset_of(table: dict) -> str:
-    return DATASETS.get(table["settings"]["dataset"], table["settings"]["dataset"])
+def dataset_of(settings: dict) -> str:
+    synthetic = " (SYNTHETIC images)" if settings["synthetic"] else ""
+    return DATASETS.get(settings["dataset"], settings["dataset"]) + synthetic
+
+
+def subject_of(table: dict) -> str:
+    """The data set, and what sets this table apart from others of it."""
+    return ", ".join([dataset_of(table["settings"]), *table["apart"]])
+
+
+def phrases_of(settings: dict) -> dict[str, str]:
+    """Setting of a table -> how a title or caption says it."""
+    few = "whole data set" if settings["subset"] is None else f"subset {settings['subset']}"
+    phrases = {"images": f"images {str(settings['images'])[:8]}"} if settings["images"] else {}
+    phrases |= {"split": f"split {settings['split']}", "subset": few}
+    for key in ("size", "head"):
+        if settings[key] is not None:
+            phrases[key] = f"{key} {settings[key]}"
+    return phrases | {"classes": f"{class_count(settings['classes'])} classes"}
+
+
+def tell_apart(tables: list[dict]) -> None:
+    """Add "apart": what sets a table apart from those of the same data set, stage and channels."""
+    same = ("stage", "channels", "dataset", "synthetic")
+    for table in tables:
+        mine = table["settings"]
+        others = [phrases_of(other["settings"]) for other in tables
+                  if all(other["settings"][key] == mine[key] for key in same)]  # fmt: skip
+        table["apart"] = [phrase for key, phrase in phrases_of(mine).items()
+                          if any(other.get(key) != phrase for other in others)]  # fmt: skip
 
 
 def settings_of(table: dict) -> str:
     """What the results of a table have in common, as a phrase."""
     settings = table["settings"]
-    words = [dataset_of(table) + (" (SYNTHETIC images)" if settings["synthetic"] else "")]
-    if settings["dataset"] not in DATASETS and settings["images"]:
-        words.append(f"images {str(settings['images'])[:8]}")  # a user's own data
-    words.append(f"split {settings['split']}")
-    words.append("whole data set" if settings["subset"] is None else f"subset {settings['subset']}")
-    words += [f"{key} {settings[key]}" for key in ("size", "head")
-              if settings[key] is not None]  # fmt: skip
-    words.append(f"{class_count(settings['classes'])} classes")
-    return ", ".join(words)
+    phrases = phrases_of(settings)
+    if settings["dataset"] in DATASETS and phrases.get("images") not in table["apart"]:
+        phrases.pop("images", None)  # a user's own data are named by their hash
+    return ", ".join([dataset_of(settings), *phrases.values()])
 
 
 def caption_of(table: dict) -> str:
@@ -600,8 +623,7 @@ def verdicts(table: dict) -> list[str]:
     By the paired t-test over bands where there are three bands, else by Welch's over seeds on the
     mean of the bands in common.
     """
-    digits, start = digits_of(table), f"Table {table['number']}, {dataset_of(table)}"
-    start += " (SYNTHETIC images)" if table["settings"]["synthetic"] else ""
+    digits, start = digits_of(table), f"Table {table['number']}, {subject_of(table)}"
     randoms = [row for row in table["rows"] if row["name"] == RANDOM]
     ours = [row for row in table["rows"] if row["name"] not in WEIGHTS.values()]
     metric, shown = next(iter(SHOWN[table["settings"]["stage"]].items()))

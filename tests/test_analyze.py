@@ -315,7 +315,19 @@ def test_different_settings_never_share_a_table(tmp_path, change):
     tables, faults = tables_of(tmp_path)
     means = [cell["mean"] for t in tables for cell in t["cells"].values()]
     assert sorted(means) == [0.2, 0.8] and len(tables) == 2 and not faults
-    assert len({analyze.caption_of(table) for table in tables}) == 2 or "images" in change
+    assert len({analyze.caption_of(table) for table in tables}) == 2
+    assert len({analyze.title_of(table).split(". ", 1)[1] for table in tables}) == 2
+
+
+def test_a_title_says_only_what_sets_its_table_apart(tmp_path):
+    """RESISC45 at 64 and at 128 pixels, in the proof's page, once carried one title."""
+    for size, bands in ((64, ["Red"]), (128, ["Red"]), (64, RGB)):
+        made = result(size=size, bands=bands, dataset="resisc45", split="official", subset=None)
+        write(tmp_path, made, f"{size}-{len(bands)}")
+    tables, _ = tables_of(tmp_path)
+    titles = {analyze.title_of(table).split(": ")[1] for table in tables}
+    assert titles == {"RESISC45, size 64", "RESISC45, size 128", "RESISC45"}
+    assert analyze.verdicts(tables[0])[0].startswith("Table 1, RESISC45, size 128: no random")
 
 
 @pytest.mark.parametrize("change", [
