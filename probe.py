@@ -695,6 +695,10 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int = 0) -> tupl
         held = list(read_tensors(weights.file) if weights.file else tensors)
         fail(1, f"{weights.file or weights.kind}: not the layout of {weights.kind!r}: {told}; it "
                 f"holds {len(held)} entries: {', '.join(held[:3])} ...")  # fmt: skip
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            fail(1, f"{weights.file or weights.kind}: {key} holds NaN or infinity: it was saved "
+                    "from a run that diverged; use an earlier one")  # fmt: skip
     if encoder.conv1.in_channels < bands:
         fail(2, f"{weights.file}: a one-channel encoder cannot take {bands} bands: give one")
     return encoder.requires_grad_(False), arch
@@ -748,8 +752,10 @@ def encode(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> torch.Tensor:
     encoder.eval()  # else BatchNorm would use, and change with, the batch
     fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
     with torch.no_grad(), fast:
-        parts = [encoder(for_encoder(encoder, batch)).float().cpu() for batch in batches]
-    return torch.cat(parts)
+        features = torch.cat([encoder(for_encoder(encoder, x)).float().cpu() for x in batches])
+    if not features.isfinite().all():
+        fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
+    return features
 
 
 # ---------------------------------------------------------------------------------------- heads

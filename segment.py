@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -631,6 +632,10 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int = 0) -> tupl
         held = list(read_tensors(weights.file) if weights.file else tensors)
         fail(1, f"{weights.file or weights.kind}: not the layout of {weights.kind!r}: {told}; it "
                 f"holds {len(held)} entries: {', '.join(held[:3])} ...")  # fmt: skip
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            fail(1, f"{weights.file or weights.kind}: {key} holds NaN or infinity: it was saved "
+                    "from a run that diverged; use an earlier one")  # fmt: skip
     if encoder.conv1.in_channels < bands:
         fail(2, f"{weights.file}: a one-channel encoder cannot take {bands} bands: give one")
     return encoder.requires_grad_(False), arch
@@ -747,17 +752,19 @@ def train_decoder(
         model["decoder"].train()
         sums = []
         for step, (maps, masks, steps) in enumerate(batches_of(rng)):
+            if (masks == IGNORED).all():
+                continue
             rate = args.lr * (1 - (epoch + step / steps) / args.epochs) ** POWER
             optimiser.param_groups[0]["lr"] = rate
             with fast:
                 scores = predict_scores(model["decoder"], maps, masks.shape[-2:])
             loss = nn.functional.cross_entropy(scores, masks.to(DEVICE), ignore_index=IGNORED)
-            if loss.isnan():  # a batch without one pixel that counts
-                continue
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             sums.append(loss.item())
+            if not math.isfinite(sums[-1]):
+                fail(1, f"loss is {sums[-1]} in epoch {epoch + 1}, not finite: lower --lr")
         losses.append(float(np.mean(sums)) if sums else 0.0)
         if sys.stderr.isatty():
             end = "\r" if epoch + 1 < args.epochs else "\r\033[K"

@@ -366,6 +366,21 @@ def test_a_byol_tensor_of_another_shape_is_refused(resnet50, tmp_path, capsys):
     assert "size mismatch" in capsys.readouterr().err
 
 
+def test_weights_and_features_that_are_not_finite_are_refused(resnet50, tmp_path, capsys):
+    found = {key: value.clone() for key, value in layout("imagenet", resnet50).items()}
+    found["layer1.0.bn1.running_var"][3] = float("nan")
+    torch.save(found, tmp_path / "weights.pt")
+    with pytest.raises(SystemExit) as ended:
+        probe.load_encoder(probe.find_weights(f"imagenet:{tmp_path / 'weights.pt'}"), "", 3)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "weights.pt: layer1.0.bn1.running_var holds NaN" in said
+    encoder, _ = probe.load_encoder(probe.find_weights("random"), "resnet18", 1)
+    encoder.bn1.bias.data[0] = float("inf")  # as training from scratch may leave it
+    with pytest.raises(SystemExit) as ended:
+        probe.encode(encoder, iter([torch.zeros(2, 1, 32, 32)]))
+    assert ended.value.code == 1 and "not finite" in capsys.readouterr().err
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, (str(self.path),)

@@ -231,6 +231,26 @@ def test_coco_weights_give_their_own_encoder(tmp_path):
         assert torch.equal(maps, whole.backbone(x.repeat(1, 3, 1, 1))["out"])
 
 
+def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(table, tmp_path, capsys):
+    refused(capsys, 1, settings(table, tmp_path, "--lr", 1e20), "not finite", "--lr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_without_a_pixel_that_counts_is_passed_over(table, tmp_path):
+    lines = ["s1,s2,mask,split"]
+    for n in range(12):  # six of eight training masks are ignored: of four batches two at least
+        s1, s2, mask = coded(n, 40)
+        tiles = {"s1": s1, "s2": s2, "mask": mask * (n >= 6)}
+        for kind, pixels in tiles.items():
+            write_tile(tmp_path / kind / f"{n}.tif", pixels)
+        lines.append(f"s1/{n}.tif,s2/{n}.tif,mask/{n}.tif,{'train' if n < 8 else 'test'}")
+    (tmp_path / "tiles.csv").write_text("\n".join(lines))
+    segment_run(tmp_path / "tiles.csv", tmp_path / "out", "--batch-size", 2)
+    [result] = results(tmp_path / "out")
+    losses = result["config"]["losses"]
+    assert len(losses) == 2 and all(0 < loss < 9 for loss in losses)
+
+
 # -------------------------------------------------------------------------------------- results
 def test_a_result_follows_the_schema_and_a_rerun_skips_it(table, tmp_path, monkeypatch, capsys):
     segment_run(table, tmp_path, "--seeds", 2, "--maps", 3)
