@@ -709,6 +709,11 @@ def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return batch.expand(-1, encoder.conv1.in_channels, -1, -1)
 
 
+def autocast() -> torch.autocast:
+    """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
+
+
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
     """Set each BatchNorm's running statistics to their mean over these batches; then eval mode."""
     for module in encoder.modules():
@@ -716,7 +721,7 @@ def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) ->
             module.reset_running_stats()
             module.momentum = None  # cumulative mean
             module.train()
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         for batch in batches:
             encoder(for_encoder(encoder, batch))
     encoder.eval()
@@ -746,12 +751,11 @@ def native_bf16(device: torch.device) -> bool:
 def encode(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> torch.Tensor:
     """Features float32 [N, D] on the CPU, by the encoder in eval mode.
 
-    Computed in bf16 where that is native: 1.9 times as fast on a CPU with AVX512-BF16. On 3,000
-    EuroSAT photos single seeds' F1 moved by up to 0.02 either way, means of five by under 0.005.
+    In bf16 instead of fp32, on 3,000 EuroSAT photos, single seeds' F1 moved by up to 0.02 either
+    way, means of five by -0.005, -0.004 and 0.000.
     """
     encoder.eval()  # else BatchNorm would use, and change with, the batch
-    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
-    with torch.no_grad(), fast:
+    with torch.no_grad(), autocast():
         features = torch.cat([encoder(for_encoder(encoder, x)).float().cpu() for x in batches])
     if not features.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
@@ -870,7 +874,6 @@ def train_scratch(
     steps = epochs * -(-len(rows) // ENCODE_BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
     rng = np.random.default_rng(seed)
-    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
     for _ in range(epochs):
         order = rng.permutation(rows)
         labels, done = torch.from_numpy(images.labels[order]).to(DEVICE), 0
@@ -880,7 +883,7 @@ def train_scratch(
             batch = torch.rot90(batch, int(rng.integers(4)), (2, 3))
             batch = batch.flip(3) if rng.integers(2) else batch
             optimiser.zero_grad()
-            with fast:  # on a CPU with native bf16 up to six times as fast
+            with autocast():
                 logits = model(batch)
             nn.functional.cross_entropy(logits.float(), y).backward()
             optimiser.step()

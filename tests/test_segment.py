@@ -160,7 +160,9 @@ def test_training_from_the_cache_gives_what_training_without_it_gives(table, tmp
     assert len(list((tmp_path / "file").iterdir())) == 1  # the temporary file is gone
 
 
-def test_the_cache_holds_each_tiles_own_features(table, tmp_path):
+@pytest.mark.parametrize(("bf16", "error"), [(False, 1e-4), (True, 0.1)])
+def test_the_cache_holds_each_tiles_own_features(table, tmp_path, monkeypatch, bf16, error):
+    monkeypatch.setattr(segment, "native_bf16", lambda device: bf16)
     tiles = segment.list_tiles(segment.arguments(settings(table, tmp_path)))
     setup, rows = segment.Setup(["NIR"], [1500.0], [900.0]), np.arange(8)
     torch.manual_seed(0)
@@ -169,10 +171,12 @@ def test_the_cache_holds_each_tiles_own_features(table, tmp_path):
     spent = {"read": 0.0, "replaced": 0}
     batches = segment.read_ahead(tiles, rows, cuts, setup, 3, spent)
     features, masks = segment.cache_features(encoder, batches, 8, 1.0, tmp_path)
+    rounded = torch.from_numpy(features).bfloat16().float().numpy()
+    assert features.dtype == np.float32 and np.array_equal(features, rounded) == bf16
     for row in rows:
         image = (tifffile.imread(tiles.files[row][0])[..., 3] - 1500.0) / 900.0
         alone = segment.feature_maps(encoder, torch.from_numpy(image).float()[None, None])
-        np.testing.assert_allclose(features[row], alone[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(features[row], alone[0], rtol=1e-3, atol=error)
         ids = np.where(masks[row] == segment.IGNORED, 0, masks[row] + 1)
         assert (ids == tifffile.imread(tiles.masks[row])).all()
 
