@@ -37,15 +37,19 @@ for seed in 0 1 2; do
 done
 on_pairs lr-alone --mode single --lr 0.03
 on_pairs tau-alone --mode single --tau 0.99
-for seed in 0 1; do
+on_pairs plain-seed0 --mode single $GENTLE $PLAIN --epochs 630
+for seed in 1 2; do
     on_pairs "plain-seed$seed" --mode single --seed $seed $GENTLE $PLAIN --epochs 310
 done
+for seed in 0 1; do
+    on_pairs "ms-only-plain-seed$seed" --mode single --seed $seed --views ms-ms $GENTLE $PLAIN --epochs 310
+done
 on_pairs gentle-long --mode single $GENTLE --epochs 310
-on_pairs ms-only-plain --mode single --views ms-ms $GENTLE $PLAIN --epochs 310
 on_pairs paper-long --mode single --epochs 150
 on_pairs erasing-alone --mode single $GENTLE --blur 0,0 --epochs 150
 on_pairs blur-alone --mode single $GENTLE --erase 0 --epochs 150
 pretrain three --mode three --pairs $BIGEARTHNET $GENTLE --epochs 233
+pretrain three-plain --mode three --pairs $BIGEARTHNET $GENTLE $PLAIN --epochs 630
 
 # Is it the archive? MS only on EuroSAT's own images, unlabelled. pretrain.py reads TIFF.
 mkdir -p "$RUNS/eurosat-tiff"
@@ -69,23 +73,23 @@ for seed in 0 1; do
 done
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
-BEST="$RUNS/plain-seed0/encoder.safetensors"
+BEST="$RUNS/plain-seed0/encoder-epoch0310.safetensors"
 
 # The page: the encoder that learnt, on every data set, beside random and scratch.
 for weights in random "$BEST --bn reestimate" "scratch --epochs 5"; do
     probe $RGB --band all --weights $weights
 done
-for weights in random "$RUNS/three/encoder.safetensors --bn reestimate" "scratch --epochs 5"; do
+for weights in random "$RUNS/three/encoder.safetensors --bn reestimate" \
+    "$RUNS/three-plain/encoder.safetensors --bn reestimate" "scratch --epochs 5"; do
     probe $RGB --bands RGB --weights $weights
 done
 for weights in random "$BEST --bn reestimate" "scratch --epochs 50"; do
     probe --dataset eurosat --root "$DATA/eurosat" --band all --weights $weights
 done
-for weights in random "$BEST --bn reestimate"; do
-    probe --dataset resisc45 --root "$DATA/resisc45" --band Red --weights $weights
-done
-for weights in random "$BEST --bn reestimate" "scratch --epochs 20"; do # at 128 scratch takes an hour
-    probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 64 --weights $weights
+for weights in random "$BEST --bn reestimate" "scratch --epochs 20"; do
+    for size in 64 128; do
+        probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size $size --weights $weights
+    done
 done
 for weights in random "$BEST --bn reestimate" scratch; do
     segment --band all --weights $weights
@@ -102,12 +106,14 @@ for run in random rs-byol-1-seed0 gentle-seed0 ms-only-seed0; do
     done
 done
 for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2 ms-only-seed1 ms-only-seed2 \
-    lr-alone tau-alone plain-seed0 plain-seed1 gentle-long ms-only-plain paper-long erasing-alone blur-alone \
+    lr-alone tau-alone plain-seed0 plain-seed1 plain-seed2 gentle-long ms-only-plain-seed0 ms-only-plain-seed1 \
+    paper-long erasing-alone blur-alone \
     eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
     probe $RGB --band Red --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
 done
 # at the ends of earlier cycles
-for early in plain-seed0/encoder-epoch0070 plain-seed0/encoder-epoch0150 plain-seed1/encoder-epoch0150 \
+for early in plain-seed0/encoder-epoch0070 plain-seed0/encoder-epoch0150 plain-seed0/encoder-epoch0310 \
+    plain-seed1/encoder-epoch0150 \
     gentle-long/encoder-epoch0150 eurosat-plain-seed0/encoder-epoch0015; do
     probe $RGB --band Red --weights "$RUNS/$early.safetensors" --bn reestimate
 done
