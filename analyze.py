@@ -363,6 +363,12 @@ def row_settings(result: dict) -> dict:
     return row | ({"bn": None} if name == SCRATCH else {})  # its BatchNorm is trained
 
 
+def file_of(result: dict) -> str:
+    """The file of the weights in short: "plain-seed0", "plain-seed0/encoder-epoch0070"."""
+    file = Path(str(result["weights"].get("source") or ""))
+    return file.parent.name + (f"/{file.stem}" if file.stem != "encoder" else "")
+
+
 def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
     """Sort results into tables: {"settings", "columns", "rows": [{"name", "label", "runs"}], ...}.
 
@@ -384,13 +390,19 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
     tables = []
     for key, rows in grouped.items():
         table = {"settings": json.loads(key), "rows": []}
+        firsts = [next(iter(next(iter(runs.values())).values())) for runs in rows.values()]
+        table["settings"]["root"] = str(firsts[0]["config"].get("root") or "")
         about = [json.loads(row) for row in rows]
+        files = {row["sha256"]: file_of(first) for row, first in zip(about, firsts, strict=True)}
+        places = list(files.values())
+        for sha, place in files.items():  # the file's name instead, where it tells them apart
+            files[sha] = place if place and places.count(place) == 1 else sha
         mixed = len({row["bn"] for row in about} - {None}) > 1  # then each frozen row names its own
         for row, runs in zip(about, rows.values(), strict=True):
             same = [other for other in about if other["name"] == row["name"]]
             differ = [k for k in row if any(other[k] != row[k] for other in same)
                       or k == "bn" and mixed and row["bn"]]  # fmt: skip
-            extra = ", ".join(str(row[k]) if k == "sha256" else f"{k} {row[k]}" for k in differ)
+            extra = ", ".join(files[row[k]] if k == "sha256" else f"{k} {row[k]}" for k in differ)
             label = row["name"] + (f" ({extra})" if extra else "")
             table["rows"].append({"name": row["name"], "label": label, "runs": runs})
         rank = {name: index for index, name in enumerate(ORDER)}
@@ -503,8 +515,10 @@ def title_of(table: dict) -> str:
 
 
 def dataset_of(settings: dict) -> str:
-    synthetic = " (SYNTHETIC images)" if settings["synthetic"] else ""
-    return DATASETS.get(settings["dataset"], settings["dataset"]) + synthetic
+    """Its name; of a user's own, where its list of images lies: "csv bigearthnet/tiles.csv"."""
+    where = "/".join(Path(settings["root"]).parts[-2:])
+    name = DATASETS.get(settings["dataset"]) or f"{settings['dataset']} {where}".strip()
+    return name + (" (SYNTHETIC images)" if settings["synthetic"] else "")
 
 
 def subject_of(table: dict) -> str:

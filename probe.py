@@ -1101,7 +1101,7 @@ def run(args: argparse.Namespace, images: Images, bands: list[str], seed: int) -
             "classes": images.classes,
             "validation": "its list" if listed else "a fifth of the training split",
             "train": len(train), "validated": len(val), "test": len(test),
-            "mean": mean, "std": std, "replaced_samples": spent["replaced"],
+            "root": str(args.root), "mean": mean, "std": std, "replaced_samples": spent["replaced"],
             "unseen_bands": unseen, "synthetic": images.synthetic, "device": DEVICE.type,
             "bf16": native_bf16(DEVICE),
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",

@@ -959,9 +959,10 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
                     "sha256": weights.sha256},
         "config": settings | {
             "arch": arch, "decoder": "DeepLabHead", "output_stride": 8, "train": len(train),
-            "test": len(test), "fewer_than_asked": fewer, "losses": losses, "mean": mean,
-            "std": std, "replaced_samples": spent["replaced"], "unseen_bands": unseen,
-            "cached": bool(cached), "bf16": native_bf16(DEVICE), "device": DEVICE.type,
+            "test": len(test), "fewer_than_asked": fewer, "losses": losses,
+            "root": str(args.root), "mean": mean, "std": std, "unseen_bands": unseen,
+            "replaced_samples": spent["replaced"], "cached": bool(cached),
+            "bf16": native_bf16(DEVICE), "device": DEVICE.type,
             "synthetic": tiles.synthetic, "encoder": weights.metadata,
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
         },

@@ -319,6 +319,18 @@ def test_different_settings_never_share_a_table(tmp_path, change):
     assert len({analyze.title_of(table).split(". ", 1)[1] for table in tables}) == 2
 
 
+def test_a_users_own_data_are_named_by_where_their_list_lies(tmp_path):
+    roots = {"csv a/tiles.csv": "/data/a/tiles.csv", "csv tiles.csv": "tiles.csv", "csv": None}
+    for n, root in enumerate(roots.values()):
+        made = result("segment", dataset="csv", subset=n, root=root, images="ab" * 8)
+        write(tmp_path, made, str(n))
+    titles = [analyze.title_of(table).split(": ")[1] for table in tables_of(tmp_path)[0]]
+    assert titles == [f"{name}, subset {n}" for n, name in enumerate(roots)]
+    write(tmp_path / "public", result(root="/data/eurosat"))
+    (table,), _ = tables_of(tmp_path / "public")
+    assert "/" not in analyze.title_of(table)
+
+
 def test_a_title_says_only_what_sets_its_table_apart(tmp_path):
     """RESISC45 at 64 and at 128 pixels, in the proof's page, once carried one title."""
     for size, bands in ((64, ["Red"]), (128, ["Red"]), (64, RGB)):
@@ -344,6 +356,19 @@ def test_other_encoders_of_one_name_are_rows_of_their_own(tmp_path, change):
     assert len(set(labels)) == 3 and not faults
     assert any("feedbeef" in label for label in labels)
     assert any(str(next(iter(change.values()))) in label for label in labels)
+
+
+def test_encoders_of_one_name_are_told_apart_by_their_files(tmp_path):
+    """By the run's folder, and by the hash only where two folders have one name."""
+    for n, source in enumerate(["a/one", "a/two", "a/three", "b/three"]):
+        weights = {"name": "RS-BYOL-1", "source": f"{source}/encoder.safetensors"}
+        write(tmp_path, result(weights=weights | {"sha256": f"{n:08x}" * 8}), str(n))
+    early = {"name": "RS-BYOL-1", "source": "a/one/encoder-epoch0010.safetensors"}
+    write(tmp_path, result(weights=early | {"sha256": "e" * 64}), "early")
+    (table,), faults = tables_of(tmp_path)
+    labels = ["00000002", "00000003", "one", "one/encoder-epoch0010", "two"]
+    assert [row["label"] for row in table["rows"]] == [f"RS-BYOL-1 ({name})" for name in labels]
+    assert not faults
 
 
 def test_batchnorm_is_named_on_all_frozen_rows_once_it_differs(tmp_path):
