@@ -105,6 +105,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < value:
             flag = name.replace("_", "-")
             fail(2, f"--{flag} {getattr(args, name)}: must be at least {value}")
+    if not 0 < args.lr < 1e30:  # beyond, float32 ends
+        fail(2, f"--lr {args.lr}: must be above 0 and below 1e30")
     if args.weights == "scratch" and (args.bn, args.stats) != ("encoder", "train"):
         fail(2, "--weights scratch trains the encoder: --bn and --stats do not apply")
     if args.dataset == "dfc2020" and args.classes not in (None, "8", "10"):
@@ -767,9 +769,9 @@ def train_decoder(
             loss.backward()
             optimiser.step()
             sums.append(loss.item())
-            if not math.isfinite(sums[-1]):
-                fail(1, f"loss is {sums[-1]} in epoch {epoch + 1}, not finite: lower --lr")
         losses.append(float(np.mean(sums)) if sums else 0.0)
+        if not (math.isfinite(losses[-1]) and all(bool(p.isfinite().all()) for p in trained)):
+            fail(1, f"loss or weights are not finite after epoch {epoch + 1}: lower --lr")
         if sys.stderr.isatty():
             end = "\r" if epoch + 1 < args.epochs else "\r\033[K"
             said = f"  epoch {epoch + 1} of {args.epochs}, loss {losses[-1]:.3f}"

@@ -235,8 +235,19 @@ def test_coco_weights_give_their_own_encoder(tmp_path):
         assert torch.equal(maps, whole.backbone(x.repeat(1, 3, 1, 1))["out"])
 
 
-def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(table, tmp_path, capsys):
+def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(
+    table, tmp_path, monkeypatch, capsys
+):
     refused(capsys, 1, settings(table, tmp_path, "--lr", 1e20), "not finite", "--lr")
+    step = torch.optim.SGD.step
+
+    def overflows(optimiser):
+        step(optimiser)
+        optimiser.param_groups[0]["params"][0].data[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", overflows)
+    last_step = ["--epochs", 1, "--batch-size", 8]  # its loss was still finite
+    refused(capsys, 1, settings(table, tmp_path, *last_step), "not finite", "--lr")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -390,6 +401,8 @@ def test_wrong_use_and_bad_data_end_in_one_line(table, tmp_path, capsys):
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--classes", "9"], "--classes 9", "8 or 10")
     refused(capsys, 2, settings(table, tmp_path, band="RE5"), "RE5 (B05)", "NIR")
     refused(capsys, 2, settings(table, tmp_path, "--batch-size", 1), "--batch-size 1")
+    for lr in ("0", "-0.1", "nan", "1e39"):
+        refused(capsys, 2, settings(table, tmp_path, f"--lr={lr}"), "--lr", "above 0")
     refused(capsys, 1, settings(table, tmp_path, "--size", 64), "40 x 40", "--size")
     broken = tmp_path / "tiles.csv"
     broken.write_text("s1,s2,mask\na,b,c")
