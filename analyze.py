@@ -366,7 +366,7 @@ def row_settings(result: dict) -> dict:
 def file_of(result: dict) -> str:
     """The file of the weights in short: "plain-seed0", "plain-seed0/encoder-epoch0070"."""
     file = Path(str(result["weights"].get("source") or ""))
-    return file.parent.name + (f"/{file.stem}" if file.stem != "encoder" else "")
+    return "/".join(part for part in (file.parent.name, file.stem) if part not in ("", "encoder"))
 
 
 def build_tables(results: list[dict], faults: list[str]) -> list[dict]:

@@ -363,10 +363,11 @@ def test_encoders_of_one_name_are_told_apart_by_their_files(tmp_path):
     for n, source in enumerate(["a/one", "a/two", "a/three", "b/three"]):
         weights = {"name": "RS-BYOL-1", "source": f"{source}/encoder.safetensors"}
         write(tmp_path, result(weights=weights | {"sha256": f"{n:08x}" * 8}), str(n))
-    early = {"name": "RS-BYOL-1", "source": "a/one/encoder-epoch0010.safetensors"}
-    write(tmp_path, result(weights=early | {"sha256": "e" * 64}), "early")
+    for sha, source in [("d", "my.safetensors"), ("e", "a/one/encoder-epoch0010.safetensors")]:
+        weights = {"name": "RS-BYOL-1", "source": source, "sha256": sha * 64}
+        write(tmp_path, result(weights=weights), sha)
     (table,), faults = tables_of(tmp_path)
-    labels = ["00000002", "00000003", "one", "one/encoder-epoch0010", "two"]
+    labels = ["00000002", "00000003", "my", "one", "one/encoder-epoch0010", "two"]
     assert [row["label"] for row in table["rows"]] == [f"RS-BYOL-1 ({name})" for name in labels]
     assert not faults
 
