@@ -42,6 +42,9 @@ DASH = "–"
 # ROW_SETTINGS only, or in the hash of the weights, are rows of their own in one table.
 TABLE_SETTINGS = ("size", "classes", "head", "images")  # images: hash of the data set's list
 ROW_SETTINGS = ("arch", "bn", "epochs", "stats", "augment", "lr", "batch")
+RECIPE = ("command", "epoch", "seed")  # of an encoder's metadata
+# flags of pretrain.py that say where, how fast and until when
+IDLE_FLAGS = "out resume threads log-every checkpoint-every epochs max-steps".split()
 METRICS = {  # what a result must hold; the tables show the metrics of SHOWN
     "probe": ("f1_macro", "f1_weighted", "accuracy"),
     "segment": ("miou", "aa", "pixel_accuracy"),
@@ -369,6 +372,20 @@ def file_of(result: dict) -> str:
     return "/".join(part for part in (file.parent.name, file.stem) if part not in ("", "encoder"))
 
 
+def recipe_of(result: dict) -> tuple[str, str] | None:
+    """How pretrain.py made the encoder, without its seed, and the seed; None for other weights.
+
+    From the command in the encoder's metadata, its flags in any order, and the epoch.
+    """
+    about = result["config"].get("encoder")
+    if type(about) is not dict or not all(type(about.get(k)) is str for k in RECIPE):
+        return None
+    script, *flags = about["command"].split(" --")
+    flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
+    kept = [flag for flag in flags if flag.split(" ")[0] not in ("seed", *IDLE_FLAGS)]
+    return json.dumps([Path(script).name, about["epoch"], *kept]), about["seed"]
+
+
 def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
     """Sort results into tables: {"settings", "columns", "rows": [{"name", "label", "runs"}], ...}.
 
@@ -398,13 +415,16 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
         for sha, place in files.items():  # the file's name instead, where it tells them apart
             files[sha] = place if place and places.count(place) == 1 else sha
         mixed = len({row["bn"] for row in about} - {None}) > 1  # then each frozen row names its own
-        for row, runs in zip(about, rows.values(), strict=True):
+        for row, runs, first in zip(about, rows.values(), firsts, strict=True):
             same = [other for other in about if other["name"] == row["name"]]
             differ = [k for k in row if any(other[k] != row[k] for other in same)
                       or k == "bn" and mixed and row["bn"]]  # fmt: skip
-            extra = ", ".join(files[row[k]] if k == "sha256" else f"{k} {row[k]}" for k in differ)
-            label = row["name"] + (f" ({extra})" if extra else "")
-            table["rows"].append({"name": row["name"], "label": label, "runs": runs})
+            extra = {k: files[row[k]] if k == "sha256" else f"{k} {row[k]}" for k in differ}
+            label = row["name"] + (f" ({', '.join(extra.values())})" if extra else "")
+            recipe, seed = recipe_of(first) or ("", "")
+            recipe = recipe and recipe + json.dumps(row | {"sha256": ""})  # and how it was used
+            table["rows"].append({"name": row["name"], "label": label, "runs": runs, "extra": extra,
+                                  "recipe": recipe, "pretrain_seed": seed})  # fmt: skip
         rank = {name: index for index, name in enumerate(ORDER)}
         table["rows"].sort(key=lambda row: (rank.get(row["name"], len(rank)), row["label"]))
         rank = {name: index for index, name in enumerate([*BANDS, *TRIPLES.values()])}
@@ -436,6 +456,51 @@ def value_of(result: dict, metric: str) -> float:
     return result["metrics"][metric] * (100 if result["stage"] == "segment" else 1)
 
 
+def pretrainings(rows: list[dict]) -> list[dict]:
+    """For each recipe that was pre-trained with several seeds a row {"name", "label", "runs"}.
+
+    Its runs are {column: {seed of the pre-training: the mean over the probe's seeds, as a result}}.
+    """
+    recipes: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["recipe"]:
+            recipes.setdefault(row["recipe"], {}).setdefault(row["pretrain_seed"], row)
+    several = []
+    for found in recipes.values():
+        if len(found) > 1:
+            name, same = (next(iter(found.values()))[key] for key in ("name", "extra"))
+            files = "; ".join(row["extra"]["sha256"] for row in found.values())
+            extra = ", ".join((same | {"sha256": files}).values())
+            columns = set.intersection(*(set(row["runs"]) for row in found.values()))
+            runs = {column: {seed: mean_result(row["runs"][column]) for seed, row in found.items()}
+                    for column in columns}  # fmt: skip
+            label = f"{len(found)} x {name} ({extra})"
+            several.append({"name": name, "label": label, "runs": runs})
+    return several
+
+
+def mean_result(seeds: dict[int, dict]) -> dict:
+    """The mean of some results' metrics as a result."""
+    stage = next(iter(seeds.values()))["stage"]
+    means = {metric: float(np.mean([result["metrics"][metric] for result in seeds.values()]))
+             for metric in SHOWN[stage]}  # fmt: skip
+    return {"stage": stage, "metrics": means}
+
+
+def welch_tests(pairs: list[tuple[dict, dict]], columns: list[str], metric: str, shown: str):
+    """Welch's t-tests of pairs of rows in each column, corrected for the pairs of that column."""
+    tests = []
+    for column in columns:
+        family = []
+        for a, b in pairs:
+            if column in a["runs"] and column in b["runs"]:
+                test = {"a": a["label"], "b": b["label"], "metric": shown, "column": column}
+                both = (values_of(row, column, metric) for row in (a, b))
+                family.append(test | welch_test(*both))
+        tests += correct(family)
+    return tests
+
+
 def fill_cells(table: dict) -> None:
     """Add "cells" {(label, metric, column): {mean, half, n, paper, bold}} and the tests to `table`.
 
@@ -444,7 +509,9 @@ def fill_cells(table: dict) -> None:
     settings, rows, bands = table["settings"], table["rows"], list(table["columns"])
     with_mean = settings["channels"] == 1 and len(bands) > 1
     table["columns"] = bands + ["mean"] * with_mean
-    table["cells"], table["paired"], table["welch"] = {}, [], []
+    table["cells"], table["paired"], table["welch"], table["pretrainings"] = {}, [], [], []
+    several = table["several"] = pretrainings(rows)
+    drawn = [row for row in rows if row["name"] in (RANDOM, SCRATCH)]  # new weights for each seed
     for metric, shown in SHOWN[settings["stage"]].items():
         means = {}  # label: {band: mean over seeds}
         for row in rows:
@@ -472,14 +539,10 @@ def fill_cells(table: dict) -> None:
                 test |= {"w": float(rank.statistic), "p_w": float(rank.pvalue)}
             paired.append(test)
         table["paired"] += correct(paired)
-        for column in bands:
-            having = [row for row in rows if column in row["runs"]]
-            welch = []
-            for a, b in itertools.combinations(having, 2):
-                test = {"a": a["label"], "b": b["label"], "metric": shown, "column": column}
-                both = (values_of(row, column, metric) for row in (a, b))
-                welch.append(test | welch_test(*both))
-            table["welch"] += correct(welch)
+        pairs = list(itertools.combinations(rows, 2))
+        table["welch"] += welch_tests(pairs, bands, metric, shown)
+        pairs = list(itertools.combinations(several, 2)) + list(itertools.product(several, drawn))
+        table["pretrainings"] += welch_tests(pairs, bands, metric, shown)
         mark_best(table, metric, shown)
 
 
@@ -635,7 +698,7 @@ def verdicts(table: dict) -> list[str]:
     """One sentence for each pre-trained encoder of a table: does it beat random weights?
 
     By the paired t-test over bands where there are three bands, else by Welch's over seeds on the
-    mean of the bands in common.
+    mean of the bands in common. One for each recipe of several pre-trainings: by Welch's over them.
     """
     digits, start = digits_of(table), f"Table {table['number']}, {subject_of(table)}"
     randoms = [row for row in table["rows"] if row["name"] == RANDOM]
@@ -644,20 +707,22 @@ def verdicts(table: dict) -> list[str]:
     if not randoms or not ours:
         return [f"{start}: no {'random' if ours else 'pre-trained'} encoder, so no verdict."]
     lines = []
-    for mine, random in itertools.product(ours, randoms):
+    for mine, random in itertools.product(ours + table["several"], randoms):
         names = f"pre-trained {mine['label']}", random["label"]
         common = [column for column in mine["runs"] if column in random["runs"]]
         if not common:
             lines.append(f"{start}: {names[0]} and {names[1]} have no band in common: no verdict.")
             continue
         pair = {mine["label"], random["label"]}
-        test = next(t for t in table["paired"] if t["metric"] == shown and {t["a"], t["b"]} == pair)
-        sign = 1 if test["a"] == mine["label"] else -1
-        how = f"paired over {test['n']} bands, Holm-corrected"
+        test = next((t for t in table["paired"]
+                     if t["metric"] == shown and {t["a"], t["b"]} == pair), {})  # fmt: skip
+        sign = 1 if test.get("a") == mine["label"] else -1
+        how = f"paired over {test.get('n')} bands, Holm-corrected"
         if "p" not in test:
             both = [{"runs": {c: row["runs"][c] for c in common}} for row in (mine, random)]
             test, sign = welch_test(*(values_of(row, "mean", metric) for row in both)), 1
-            how = f"Welch over {test['n']} seeds, mean of {', '.join(common)}"
+            over = "pre-trainings and seeds" if mine in table["several"] else "seeds"
+            how = f"Welch over {test['n']} {over}, mean of {', '.join(common)}"
         gap = sign * test["difference"]
         low, high = sorted(sign * test.get(end, math.nan) for end in ("low", "high"))
         if "p" not in test:
@@ -769,7 +834,8 @@ def tables_csv(tables: list[dict]) -> str:
 
 
 def tests_csv(tables: list[dict]) -> str:
-    kinds = (("paired", "paired t over bands"), ("welch", "Welch over seeds"))
+    kinds = (("paired", "paired t over bands"), ("welch", "Welch over seeds"),
+             ("pretrainings", "Welch over pre-trainings"))  # fmt: skip
     rows = [about_csv(table) | {"test": name} | test
             for table in tables for kind, name in kinds for test in table[kind]]  # fmt: skip
     return csv_text(rows)
@@ -1145,13 +1211,17 @@ def html_settings(table: dict) -> str:
 def html_section(table: dict, figures: str, pictures: str) -> str:
     digits = digits_of(table)
     paired = html_of_text(PAIRED_HEADER, test_rows(table["paired"], digits), 3)
-    welch = html_of_text(WELCH_HEADER, test_rows(table["welch"], digits, band=True), 4)
+    welch, over = (html_of_text(WELCH_HEADER, test_rows(table[kind], digits, band=True), 4)
+                   for kind in ("welch", "pretrainings"))  # fmt: skip
     return "".join([
         f"<h2>{escape(title_of(table))}</h2>\n",
         html_table(*result_rows(table, escape, "<b>{}</b>", "<br><small>({})</small>"), 2),
         f"<p class=note>{escape(caption_of(table))}</p>\n",
         html_details("Paired t-tests over bands", paired if table["paired"] else ""),
         html_details("Welch's t-tests over seeds, by band", welch if table["welch"] else ""),
+        html_details("Welch's t-tests over pre-trainings of one recipe (mean of the probe's seeds "
+                     "each; random and scratch: new weights each seed), by band",
+                     over if table["pretrainings"] else ""),
         html_settings(table), figures, html_details("Sheets of single images", pictures),
     ])  # fmt: skip
 
@@ -1208,7 +1278,8 @@ def page(
         html_details("Tables I to III, and t-tests on Table I", paper),
         f"<h2>Left out</h2>\n<ul>{left_out}</ul>\n" if faults else "",
         "<p class=note>Bands of one sensor are alike, and seeds redraw head, split and subset, not "
-        "the pre-training: the tests know of neither. Made by analyze.py, "
+        "the pre-training: the tests know of neither, but for those over pre-trainings. "
+        "Made by analyze.py, "
         f"{escape(', '.join(f'{name} {version}' for name, version in versions.items()))}.</p>\n",
         "</body></html>\n",
     ])  # fmt: skip
