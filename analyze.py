@@ -861,12 +861,6 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def look(index: int) -> dict:
-    turn = index // len(COLOURS)  # a ninth row gets the first colour with another hatch
-    return {"color": COLOURS[index % len(COLOURS)], "edgecolor": "black", "linewidth": 0.5,
-            "hatch": HATCHES[(index + turn) % len(HATCHES)]}  # fmt: skip
-
-
 def legend_below(figure, axis, columns: int, size: int = 8) -> None:
     """The labels of `axis` under all axes, in so many columns or in fewer that fit the width."""
     handles, labels = axis.get_legend_handles_labels()
@@ -889,7 +883,8 @@ def draw_bars(table: dict):
             cells = [table["cells"][row["label"], metric, column] for column in columns]
             x = np.arange(len(columns)) + (index - (len(rows) - 1) / 2) * step
             means = [cell["mean"] for cell in cells]
-            axis.bar(x, means, step * 0.94, label=row["label"], **look(index))
+            style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "black"}
+            axis.bar(x, means, step * 0.94, label=row["label"], linewidth=0.5, **style)
             halves = [cell["half"] for cell in cells]
             axis.errorbar(x, means, halves, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
             paper = [float(cell["paper"] or "nan") for cell in cells]
@@ -899,6 +894,31 @@ def draw_bars(table: dict):
         axis.set_xticks(range(len(columns)), columns)
         axis.set_ylabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
     legend_below(figure, axes[0], 3)
+    return figure
+
+
+def draw_dots(table: dict):
+    """The same for more rows than there are colours: a line for each, marks for the bands."""
+    rows, columns = table["rows"], table["columns"]
+    metrics = SHOWN[table["settings"]["stage"]]
+    height = 1.4 + max(0.22, 0.045 * len(columns)) * len(rows)
+    figure, axes = new_figure(10, height, columns=len(metrics), sharey=True)
+    for axis, (metric, shown) in zip(axes, metrics.items(), strict=True):
+        for index, column in enumerate(columns):
+            cells = [table["cells"][row["label"], metric, column] for row in rows]
+            y = np.arange(len(rows)) + 0.8 * (index - (len(columns) - 1) / 2) / len(columns)
+            means, halves = ([cell[key] for cell in cells] for key in ("mean", "half"))
+            style = {"color": COLOURS[index % 8], "fmt": MARKERS[(index + index // 8) % 8]}
+            axis.errorbar(means, y, xerr=halves, label=column, ms=4, elinewidth=0.8, **style)
+            paper = [float(cell["paper"] or "nan") for cell in cells]
+            axis.plot(
+                paper, y, "D", markersize=3.5, markerfacecolor="white", markeredgecolor="black"
+            )
+        axis.set_xlabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    legend_below(figure, axes[0], 7)
     return figure
 
 
@@ -1107,7 +1127,8 @@ def draw_figures(table: dict, tsne: bool, faults: list[str]) -> list[tuple[str, 
     caption = f"{' and '.join(SHOWN[settings['stage']].values())} by bands; whiskers: 95 % interval"
     if any(cell["paper"] for cell in table["cells"].values()):
         caption += "; diamonds: the paper"
-    figures.append((f"{stem}-bands", f"{caption}. {place}.", draw_bars(table)))
+    draw = draw_bars if len(table["rows"]) <= len(COLOURS) else draw_dots
+    figures.append((f"{stem}-bands", f"{caption}. {place}.", draw(table)))
     if settings["stage"] == "segment":
         caption = f"IoU by class and band, mean over seeds. {place}."
         figures.append((f"{stem}-classes", caption, draw_classes(table)))

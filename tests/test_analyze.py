@@ -678,20 +678,38 @@ def test_every_figure_is_png_and_svg_and_stands_in_the_page(report):
         )
 
 
-@pytest.mark.parametrize("names", [3, 9])
-def test_the_legend_stays_inside_the_figure(tmp_path, names):
+@pytest.mark.parametrize(("names", "draw"), [(3, analyze.draw_bars), (9, analyze.draw_dots)])
+def test_the_legend_stays_inside_the_figure(tmp_path, names, draw):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for index in range(names):
         for bn in ("encoder", "reestimate"):
             write(tmp_path, result("segment", f"byol number {index}", bn=bn), f"{index} {bn}")
     (table,), _ = tables_of(tmp_path)
-    figure = analyze.draw_bars(table)
+    figure = draw(table)
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
     inside = figure.bbox.extents
     shown = legend.get_window_extent().extents
     assert (shown[:2] >= inside[:2]).all() and (shown[2:] <= inside[2:]).all()
+
+
+def test_more_rows_than_colours_are_drawn_as_dots(tmp_path):
+    """A line for each row, and its marks where the means stand."""
+    for index in range(len(analyze.COLOURS) + 1):
+        for band in ("Blue", "Red"):
+            score = 0.5 + 0.01 * index + 0.1 * (band == "Red")
+            write(tmp_path, result(name=f"encoder {index}", bands=[band], score=score))
+    (table,), _ = tables_of(tmp_path)
+    (_, _, figure), *_ = analyze.draw_figures(table, False, [])
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == [
+        f"encoder {index}" for index in range(len(analyze.COLOURS) + 1)
+    ]
+    marks = {line.get_marker(): line for line in axis.lines}
+    assert list(marks["o"].get_xdata()) == pytest.approx([0.5 + 0.01 * i for i in range(9)])
+    assert list(marks["s"].get_xdata()) == pytest.approx([0.6 + 0.01 * i for i in range(9)])
+    assert (np.rint(marks["o"].get_ydata()) == np.arange(9)).all()
 
 
 def test_the_digits_of_a_matrix_look_as_matplotlibs_text_does():
