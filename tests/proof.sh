@@ -38,7 +38,7 @@ done
 on_pairs lr-alone --mode single --lr 0.03
 on_pairs tau-alone --mode single --tau 0.99
 on_pairs plain-seed0 --mode single $GENTLE $PLAIN --epochs 630
-for seed in 1 2; do
+for seed in 1 2 3; do
     on_pairs "plain-seed$seed" --mode single --seed $seed $GENTLE $PLAIN --epochs 310
 done
 for seed in 0 1; do
@@ -106,8 +106,8 @@ for run in random rs-byol-1-seed0 gentle-seed0 ms-only-seed0; do
     done
 done
 for run in rs-byol-1-seed1 rs-byol-1-seed2 gentle-seed1 gentle-seed2 ms-only-seed1 ms-only-seed2 \
-    lr-alone tau-alone plain-seed0 plain-seed1 plain-seed2 gentle-long ms-only-plain-seed0 ms-only-plain-seed1 \
-    paper-long erasing-alone blur-alone \
+    lr-alone tau-alone plain-seed0 plain-seed1 plain-seed2 plain-seed3 gentle-long \
+    ms-only-plain-seed0 ms-only-plain-seed1 paper-long erasing-alone blur-alone \
     eurosat eurosat-plain-seed0 eurosat-plain-seed1; do
     probe $RGB --band Red --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
 done
