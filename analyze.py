@@ -699,6 +699,7 @@ def verdicts(table: dict) -> list[str]:
 
     By the paired t-test over bands where there are three bands, else by Welch's over seeds on the
     mean of the bands in common. One for each recipe of several pre-trainings: by Welch's over them.
+    Of random rows that were used in several ways, the one of most bands in common and best there.
     """
     digits, start = digits_of(table), f"Table {table['number']}, {subject_of(table)}"
     randoms = [row for row in table["rows"] if row["name"] == RANDOM]
@@ -707,9 +708,14 @@ def verdicts(table: dict) -> list[str]:
     if not randoms or not ours:
         return [f"{start}: no {'random' if ours else 'pre-trained'} encoder, so no verdict."]
     lines = []
-    for mine, random in itertools.product(ours + table["several"], randoms):
+    for mine in ours + table["several"]:
+        shared = []  # the bands in common with each random row, and its mean there
+        for row in randoms:
+            common = [column for column in mine["runs"] if column in row["runs"]]
+            means = [table["cells"][row["label"], metric, column]["mean"] for column in common]
+            shared.append((len(common), float(np.mean(means or [0])), common, row))
+        _, _, common, random = max(shared, key=lambda entry: entry[:2])
         names = f"pre-trained {mine['label']}", random["label"]
-        common = [column for column in mine["runs"] if column in random["runs"]]
         if not common:
             lines.append(f"{start}: {names[0]} and {names[1]} have no band in common: no verdict.")
             continue

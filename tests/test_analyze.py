@@ -789,6 +789,27 @@ def test_the_verdict_says_whether_pre_training_beats_random(tmp_path, score, wor
     assert ("paired over 4 bands" in line) == (len(bands) == 4)
 
 
+def test_the_verdict_is_against_the_best_random_row_of_the_shared_bands(tmp_path):
+    """BatchNorm re-estimated handicaps random weights: to beat those says little."""
+    random = functools.partial(result, name="Random init")
+    for seed in range(2):
+        for band in ("Red", "Blue"):
+            write(
+                tmp_path, result(bands=[band], seed=seed, score=0.6 + 0.01 * seed), f"o{band}{seed}"
+            )
+            for bn, score in (("encoder", 0.58), ("reestimate", 0.4)):
+                write(tmp_path, random(bands=[band], seed=seed, score=score + 0.02 * seed, bn=bn),
+                      f"{bn}{band}{seed}")  # fmt: skip
+        write(
+            tmp_path,
+            random(bands=["Red"], seed=seed, score=0.9 + 0.01 * seed, bn="third"),
+            f"third{seed}",
+        )
+    (table,), _ = tables_of(tmp_path)
+    (line,) = analyze.verdicts(table)
+    assert "RS-BYOL-1 (bn encoder) does NOT beat Random init (bn encoder)" in line
+
+
 def test_without_random_weights_there_is_no_verdict(tmp_path):
     write(tmp_path, result())
     (table,), _ = tables_of(tmp_path)
