@@ -372,14 +372,14 @@ def file_of(result: dict) -> str:
     return "/".join(part for part in (file.parent.name, file.stem) if part not in ("", "encoder"))
 
 
-def recipe_of(result: dict) -> tuple[str, str] | None:
-    """How pretrain.py made the encoder, without its seed, and the seed; None for other weights.
+def recipe_of(result: dict) -> tuple[str, str]:
+    """How pretrain.py made the encoder, without its seed, and the seed; "" for other weights.
 
     From the command in the encoder's metadata, its flags in any order, and the epoch.
     """
     about = result["config"].get("encoder")
     if type(about) is not dict or not all(type(about.get(k)) is str for k in RECIPE):
-        return None
+        return "", ""
     script, *flags = about["command"].split(" --")
     flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
     kept = [flag for flag in flags if flag.split(" ")[0] not in ("seed", *IDLE_FLAGS)]
@@ -421,7 +421,7 @@ def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
                       or k == "bn" and mixed and row["bn"]]  # fmt: skip
             extra = {k: files[row[k]] if k == "sha256" else f"{k} {row[k]}" for k in differ}
             label = row["name"] + (f" ({', '.join(extra.values())})" if extra else "")
-            recipe, seed = recipe_of(first) or ("", "")
+            recipe, seed = recipe_of(first)
             recipe = recipe and recipe + json.dumps(row | {"sha256": ""})  # and how it was used
             table["rows"].append({"name": row["name"], "label": label, "runs": runs, "extra": extra,
                                   "recipe": recipe, "pretrain_seed": seed})  # fmt: skip
@@ -487,7 +487,9 @@ def mean_result(seeds: dict[int, dict]) -> dict:
     return {"stage": stage, "metrics": means}
 
 
-def welch_tests(pairs: list[tuple[dict, dict]], columns: list[str], metric: str, shown: str):
+def welch_tests(
+    pairs: list[tuple[dict, dict]], columns: list[str], metric: str, shown: str
+) -> list[dict]:
     """Welch's t-tests of pairs of rows in each column, corrected for the pairs of that column."""
     tests = []
     for column in columns:
@@ -853,6 +855,8 @@ def tests_csv(tables: list[dict]) -> str:
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555"]
 HATCHES = ["", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++"]
 MARKERS = "os^vDPX*"
+PAPER_MARK = {"marker": "D", "linestyle": "", "markersize": 3.5, "markerfacecolor": "white",
+              "markeredgecolor": "black"}  # fmt: skip
 FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
         "svg.hashsalt": "rs-byol", "hatch.linewidth": 0.5,
         "text.parse_math": False}  # fmt: skip  # a name may hold dollars
@@ -894,9 +898,7 @@ def draw_bars(table: dict):
             halves = [cell["half"] for cell in cells]
             axis.errorbar(x, means, halves, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
             paper = [float(cell["paper"] or "nan") for cell in cells]
-            axis.plot(
-                x, paper, "D", markersize=3.5, markerfacecolor="white", markeredgecolor="black"
-            )
+            axis.plot(x, paper, **PAPER_MARK)
         axis.set_xticks(range(len(columns)), columns)
         axis.set_ylabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
     legend_below(figure, axes[0], 3)
@@ -917,9 +919,7 @@ def draw_dots(table: dict):
             style = {"color": COLOURS[index % 8], "fmt": MARKERS[(index + index // 8) % 8]}
             axis.errorbar(means, y, xerr=halves, label=column, ms=4, elinewidth=0.8, **style)
             paper = [float(cell["paper"] or "nan") for cell in cells]
-            axis.plot(
-                paper, y, "D", markersize=3.5, markerfacecolor="white", markeredgecolor="black"
-            )
+            axis.plot(paper, y, **PAPER_MARK)
         axis.set_xlabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
         axis.grid(axis="y", linewidth=0.3)
     axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
