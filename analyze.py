@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -306,9 +307,11 @@ def welch_test(a: np.ndarray, b: np.ndarray) -> dict:
     test["difference"] = float(a.mean() - b.mean()) if len(a) and len(b) else math.nan
     if min(len(a), len(b)) < 2:
         return test | {"note": "fewer than two seeds: not tested"}
-    if max(np.ptp(a), np.ptp(b)) == 0:
+    if max(np.ptp(a), np.ptp(b)) <= 1e-12 * max(np.abs(a).max(), np.abs(b).max()):
         return test | {"note": "no spread over seeds: not tested"}
-    t = stats.ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():  # of one constant sample: its variance is 0, as it should be
+        warnings.simplefilter("ignore", RuntimeWarning)
+        t = stats.ttest_ind(a, b, equal_var=False)
     low, high = t.confidence_interval(1 - ALPHA)
     spread = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
     return test | {

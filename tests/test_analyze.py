@@ -271,7 +271,15 @@ def test_fewer_than_three_pairs_are_not_tested_and_said_so():
     assert (
         "fewer than two seeds" in analyze.welch_test(np.array([0.5]), np.array([0.4, 0.3]))["note"]
     )
-    assert "no spread" in analyze.welch_test(np.array([0.5, 0.5]), np.array([0.4, 0.4]))["note"]
+    for b in ([0.4, 0.4], [0.4, 0.4 + 1e-16]):  # rounding is no spread either
+        assert "no spread" in analyze.welch_test(np.array([0.5, 0.5]), np.array(b))["note"]
+
+
+def test_welch_with_one_constant_sample_is_the_one_sample_test_and_does_not_warn(recwarn):
+    a, b = np.array([0.72, 0.72, 0.72]), np.array([0.5, 0.52, 0.57, 0.55])
+    test, one = analyze.welch_test(a, b), stats.ttest_1samp(b, 0.72)
+    assert [test["t"], test["df"], test["p"]] == pytest.approx([-one.statistic, 3, one.pvalue])
+    assert not recwarn
 
 
 def test_the_papers_table_one_gives_its_t_values():
