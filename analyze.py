@@ -716,7 +716,8 @@ def verdicts(table: dict) -> list[str]:
     for mine in ours + table["several"]:
         shared = []  # the bands in common with each random row, and its mean there
         for row in randoms:
-            common = [column for column in mine["runs"] if column in row["runs"]]
+            both = mine["runs"].keys() & row["runs"].keys()
+            common = [column for column in table["columns"] if column in both]
             means = [table["cells"][row["label"], metric, column]["mean"] for column in common]
             shared.append((len(common), float(np.mean(means or [0])), common, row))
         _, _, common, random = max(shared, key=lambda entry: entry[:2])

@@ -75,9 +75,13 @@ done
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
 BEST="$RUNS/plain-seed0/encoder-epoch0310.safetensors"
 
-# The page: the encoder that learnt, on every data set, beside random and scratch.
+# The page: the encoder that learnt, on every data set, beside random and scratch; its recipe's others
+# on the first, where analyze.py tests the four together.
 for weights in random "$BEST --bn reestimate" "scratch --epochs 5"; do
     probe $RGB --band all --weights $weights
+done
+for seed in 1 2 3; do
+    probe $RGB --band all --weights "$RUNS/plain-seed$seed/encoder.safetensors" --bn reestimate
 done
 for weights in random "$RUNS/three/encoder.safetensors --bn reestimate" \
     "$RUNS/three-plain/encoder.safetensors --bn reestimate" "scratch --epochs 5"; do

@@ -7,6 +7,7 @@ the LaTeX is set by pdflatex where they are installed.
 import base64
 import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -392,13 +393,13 @@ def test_batchnorm_is_named_on_all_frozen_rows_once_it_differs(tmp_path):
 
 
 def pretrained(folder: Path, run: str, score: float, command: str, bn="encoder", stage="probe",
-               **about) -> None:  # fmt: skip
-    """Two seeds of a probe of the encoder that `command` made, as runs/`run`."""
+               bands=("Red",), **about) -> None:  # fmt: skip
+    """Two seeds of a probe, for each band, of the encoder that `command` made, as runs/`run`."""
     encoder = {"command": f"pretrain.py {command}", "epoch": "30", "seed": "0"} | about
-    for seed in range(2):
-        made = result(stage, seed=seed, score=score + 0.01 * seed, encoder=encoder, bn=bn)
+    for band, seed in itertools.product(bands, range(2)):
+        made = result(stage, "RS-BYOL-1", [band], seed, score + 0.01 * seed, encoder=encoder, bn=bn)
         made["weights"] |= {"source": f"{run}/encoder.safetensors", "sha256": run.encode().hex()}
-        write(folder, made, f"{run}-{seed}")
+        write(folder, made, f"{run}-{band}-{seed}")
 
 
 @pytest.mark.parametrize(("stage", "unit"), [("probe", 1), ("segment", 100)])
@@ -432,6 +433,17 @@ def test_pretrainings_of_one_recipe_are_tested_together(tmp_path, stage, unit):
     assert "Welch over 3, 4 pre-trainings and seeds" in said
     assert "Welch over pre-trainings" in analyze.tests_csv([table])
     assert "pre-trainings of one recipe" in analyze.html_section(table, "", "")
+
+
+def test_a_verdict_names_the_bands_in_their_order(tmp_path):
+    """Whatever the order of files, and of sets of strings, which each process draws anew."""
+    bands = ["Red", "RE5", "NIR", "SWIR1", "SAR2"]
+    for run in "01":
+        pretrained(tmp_path, f"p{run}", 0.8, "--mode single", bands=bands, seed=run)
+    for band, seed in itertools.product(bands, range(2)):
+        write(tmp_path, result("probe", "Random init", [band], seed, 0.6 + 0.01 * seed))
+    (table,), _ = tables_of(tmp_path)
+    assert analyze.verdicts(table)[-1].endswith("mean of Red, RE5, NIR, SWIR1, SAR2).")
 
 
 def test_random_weights_of_different_seeds_are_one_row(tmp_path):
