@@ -733,8 +733,9 @@ def verdicts(table: dict) -> list[str]:
         if "p" not in test:
             both = [{"runs": {c: row["runs"][c] for c in common}} for row in (mine, random)]
             test, sign = welch_test(*(values_of(row, "mean", metric) for row in both)), 1
-            over = "pre-trainings and seeds" if mine in table["several"] else "seeds"
-            how = f"Welch over {test['n']} {over}, mean of {', '.join(common)}"
+            join = " pre-trainings and " if mine in table["several"] else " and "
+            over = test["n"].replace(", ", join)
+            how = f"Welch over {over} seeds, mean of {', '.join(common)}"
         gap = sign * test["difference"]
         low, high = sorted(sign * test.get(end, math.nan) for end in ("low", "high"))
         if "p" not in test:

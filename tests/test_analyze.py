@@ -430,7 +430,7 @@ def test_pretrainings_of_one_recipe_are_tested_together(tmp_path, stage, unit):
     assert test["p_holm"] == test["p"]
     said = analyze.verdicts(table)[-1]
     assert "3 x RS-BYOL-1 (p0; p1; p2, bn encoder) beats Random init (bn encoder) by" in said
-    assert "Welch over 3, 4 pre-trainings and seeds" in said
+    assert "Welch over 3 pre-trainings and 4 seeds" in said
     assert "Welch over pre-trainings" in analyze.tests_csv([table])
     assert "pre-trainings of one recipe" in analyze.html_section(table, "", "")
 
