@@ -1344,8 +1344,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 def earlier_report(out: Path) -> set[str]:
     """The files of an earlier report in `out`; ends with status 2 where `out` is something else."""
     try:
-        if not out.exists() or out.is_dir() and not os.listdir(out):
-            return set()
+        if not out.exists() or all((out / name / MARKER).exists() for name in os.listdir(out)):
+            return set()  # new, empty, or a folder of reports: report/ beside report/demo
         names = json.loads((out / MARKER).read_text(encoding="utf-8"))
         if type(names) is list and all(type(n) is str and n == Path(n).name for n in names):
             return set(names)

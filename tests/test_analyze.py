@@ -602,6 +602,20 @@ def test_only_an_own_earlier_report_is_overwritten(tmp_path):
     assert (out / "02-probe-eurosat-1ch-bands.png").read_text() == "somebody's"
 
 
+def test_a_folder_of_reports_may_be_a_report_and_no_other_folder(tmp_path):
+    """README's `--out report/` after `make demo`, which leaves report/demo."""
+    out = tmp_path / "report"
+    for name in ("demo", "proof"):
+        (out / name).mkdir(parents=True)
+        analyze.write_report(out / name, {"a.md": b"1"}, set())
+    assert analyze.earlier_report(out) == set()
+    (out / "pictures").mkdir()
+    for folder in (out, tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            analyze.earlier_report(folder)
+        assert stop.value.code == 2
+
+
 @pytest.mark.parametrize("marker", ["", "[", '["../results/r.json"]', '{"a": 1}', '["a/b"]', "[1]"])
 def test_a_folder_with_a_wrong_marker_is_refused(tmp_path, marker):
     write(tmp_path / "results", result(), "r")
