@@ -280,6 +280,11 @@ def summarise(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), t_quantile(len(values) - 1) * float(stats.sem(values))
 
 
+def rounding(a: np.ndarray, b: np.ndarray) -> float:
+    """The spread that rounding alone may give to values as large as those of `a` and `b`."""
+    return 1e-12 * float(np.abs(np.concatenate([a, b])).max())
+
+
 def paired_test(a: np.ndarray, b: np.ndarray) -> dict:
     """Paired t-test of a - b over bands, and Cohen's d: mean / std of the differences.
 
@@ -290,7 +295,7 @@ def paired_test(a: np.ndarray, b: np.ndarray) -> dict:
     test = {"n": len(a), "difference": float(difference.mean()) if len(a) else math.nan}
     if len(a) < 3:
         return test | {"note": "fewer than three pairs: not tested"}
-    if np.ptp(difference) <= 1e-12 * np.abs([a, b]).max():
+    if np.ptp(difference) <= rounding(a, b):
         return test | {"note": "all differences equal: not tested"}
     t = stats.ttest_rel(a, b)
     low, high = t.confidence_interval(1 - ALPHA)
@@ -307,7 +312,7 @@ def welch_test(a: np.ndarray, b: np.ndarray) -> dict:
     test["difference"] = float(a.mean() - b.mean()) if len(a) and len(b) else math.nan
     if min(len(a), len(b)) < 2:
         return test | {"note": "fewer than two seeds: not tested"}
-    if max(np.ptp(a), np.ptp(b)) <= 1e-12 * max(np.abs(a).max(), np.abs(b).max()):
+    if max(np.ptp(a), np.ptp(b)) <= rounding(a, b):
         return test | {"note": "no spread over seeds: not tested"}
     with warnings.catch_warnings():  # of one constant sample: its variance is 0, as it should be
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -716,8 +721,7 @@ def verdicts(table: dict) -> list[str]:
     for mine in ours + table["several"]:
         shared = []  # the bands in common with each random row, and its mean there
         for row in randoms:
-            both = mine["runs"].keys() & row["runs"].keys()
-            common = [column for column in table["columns"] if column in both]
+            common = [c for c in table["columns"] if c in mine["runs"] and c in row["runs"]]
             means = [table["cells"][row["label"], metric, column]["mean"] for column in common]
             shared.append((len(common), float(np.mean(means or [0])), common, row))
         _, _, common, random = max(shared, key=lambda entry: entry[:2])
