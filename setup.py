@@ -1,4 +1,4 @@
-"""Builds the extension `bandcrop` from csrc/ with the codec libraries that this machine has."""
+"""Builds the package `bandcrop` from csrc/ with the codec libraries that this machine has."""
 
 import os
 import tempfile
@@ -69,7 +69,7 @@ if sanitizers := os.environ.get("BANDCROP_SANITIZE"):  # e.g. address,undefined
 setup(
     ext_modules=[
         Extension(
-            "bandcrop",
+            "bandcrop._core",
             [f"csrc/{room}.cpp" for room in ROOMS],
             depends=[f"csrc/{room}.h" for room in ROOMS[:-1]],
             extra_compile_args=[*flags, "-isystem", pybind11.get_include()],
@@ -77,7 +77,7 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildExtension},
-    packages=["bandcrop-stubs"],
-    package_dir={"bandcrop-stubs": "csrc/bandcrop-stubs"},
-    package_data={"bandcrop-stubs": ["*.pyi"]},
+    packages=["bandcrop"],
+    package_dir={"bandcrop": "csrc/bandcrop"},
+    package_data={"bandcrop": ["*.pyi", "py.typed"]},
 )

@@ -30,7 +30,7 @@ py::str text(const std::string& message) {
 }
 
 [[noreturn]] void raise_tile_error(const std::string& message, py::object index) {
-    py::object error = py::module_::import("bandcrop").attr("TileError")(text(message));
+    py::object error = py::module_::import("bandcrop._core").attr("TileError")(text(message));
     error.attr("index") = std::move(index);
     PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
     throw py::error_already_set();
@@ -283,7 +283,8 @@ std::vector<float> statistics(const py::object& given, const char* name, Request
 
 Request checked_request(const py::array& out, const py::sequence& paths, const py::object& bands,
                         const py::object& windows, const py::object& orient, const py::object& mean,
-                        const py::object& std, const std::string& bad) {
+                        const py::object& std, const std::string& bad,
+                        const py::object& bands_in_file) {
     Request request;
     request.out = static_cast<float*>(py::array(out).mutable_data());
     request.samples = static_cast<std::size_t>(out.shape(0));
@@ -348,6 +349,21 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
             request.orient.push_back(static_cast<std::uint8_t>(turn.at(i)));
         }
     }
+    if (!bands_in_file.is_none()) {
+        const Array<std::int64_t> count(checked(bands_in_file, "bands_in_file", "iu"));
+        const bool for_each_path = count.ndim() == (request.file_per_band ? 2 : 1) &&
+                                   count.shape(0) == n &&
+                                   (count.ndim() == 1 || count.shape(1) == out.shape(1));
+        if (count.ndim() != 0 && !for_each_path)
+            throw py::value_error("bands_in_file has the shape " + shape_of(count) +
+                                  ": it needs one number, or one for each path");
+        for (std::size_t i = 0; i < request.paths.size(); ++i) {
+            const std::int64_t value = count.data()[count.ndim() == 0 ? 0 : i];
+            if (value < 1 || value > 65535)
+                throw py::value_error("bands_in_file holds " + std::to_string(value));
+            request.bands_in_file.push_back(static_cast<std::uint32_t>(value));
+        }
+    }
     request.mean = statistics(mean, "mean", request);
     const bool mean_by_band = request.statistics_by_band;
     request.std = statistics(std, "std", request);
@@ -375,11 +391,13 @@ class Reader {
 
     py::object fill(const py::object& out, const py::sequence& paths, const py::object& bands,
                     const py::object& windows, const py::object& orient, const py::object& mean,
-                    const py::object& std, const std::string& bad) {
+                    const py::object& std, const std::string& bad,
+                    const py::object& bands_in_file) {
         check_process(made_in_);
         py::array array = output_array(out);
         const auto batch = std::make_shared<Batch>(
-            checked_request(array, paths, bands, windows, orient, mean, std, bad));
+            checked_request(
+            array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
         if (pool_->threads() > 1 && batch->request.samples > 1) {
             pool_->submit(batch);
             until_done(*pool_, *batch, [&] { return pool_->wait(*batch, between_signals); });
@@ -391,11 +409,13 @@ class Reader {
 
     Ticket submit(const py::object& out, const py::sequence& paths, const py::object& bands,
                   const py::object& windows, const py::object& orient, const py::object& mean,
-                  const py::object& std, const std::string& bad) {
+                  const py::object& std, const std::string& bad,
+                    const py::object& bands_in_file) {
         check_process(made_in_);
         py::array array = output_array(out);
         auto batch = std::make_shared<Batch>(
-            checked_request(array, paths, bands, windows, orient, mean, std, bad));
+            checked_request(
+            array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
         pool_->submit(batch);
         return Ticket(pool_, std::move(batch), std::move(array));
     }
@@ -415,13 +435,16 @@ constexpr const char* fill_doc =
     R"(Fills `out` and returns a Report. The GIL is released throughout.
 
 out      float32, C-contiguous, writeable [N, C, H, W]: numpy array or CPU tensor, pinned or not
-paths    N files or, where each band is a file of its own, N lists of C files
+paths    N files or, where bands lie in files of their own, N lists of C files; equal neighbours
+         in a list are opened once
 bands    int [N, C], 0-based in the file
 windows  float64 [N, 4]: top, left, height, width as fractions of the tile; None: the whole tile
 orient   uint8 [N]: the sum of 4 transpose, then 2 flip up-down, then 1 flip left-right; None: 0
 mean, std  float32, by band of the file or [N, C]; the output is (x - mean) / std; None: 0, 1
 bad      "raise": TileError for the lowest failing index (attribute `index`), the rest of `out` is
          undefined; "report": failing samples are zeros and listed in the report's `errors`
+bands_in_file  how many bands each file must have, one number or one for each path: a file with
+         another count cannot be read; None: any number
 
 Windows are resampled to H x W as PIL's resize(BICUBIC, box=window) does on mode "F": bicubic,
 a = -0.5, antialiased when shrinking; a window of exactly H x W whole pixels is copied exactly.
@@ -434,7 +457,7 @@ Raises TileError (a file that cannot be read), TypeError and ValueError (argumen
 }  // namespace
 }  // namespace bandcrop
 
-PYBIND11_MODULE(bandcrop, m) {
+PYBIND11_MODULE(_core, m) {
     using namespace bandcrop;
     m.doc() =
         "Reads, band-selects, crops and resamples GeoTIFF tiles into caller-owned float32 batches.";
@@ -496,10 +519,10 @@ PYBIND11_MODULE(bandcrop, m) {
         .def_property_readonly("threads", &Reader::threads)
         .def("fill", &Reader::fill, "out"_a, "paths"_a, "bands"_a, "windows"_a = py::none(),
              "orient"_a = py::none(), "mean"_a = py::none(), "std"_a = py::none(),
-             "bad"_a = "raise", fill_doc)
+             "bad"_a = "raise", "bands_in_file"_a = py::none(), fill_doc)
         .def("submit", &Reader::submit, "out"_a, "paths"_a, "bands"_a, "windows"_a = py::none(),
              "orient"_a = py::none(), "mean"_a = py::none(), "std"_a = py::none(),
-             "bad"_a = "raise",
+             "bad"_a = "raise", "bands_in_file"_a = py::none(),
              "Like fill(), but returns a Ticket at once; batches may overlap. `out` is kept alive "
              "and\n"
              "must not be touched until Ticket.wait() returns.");

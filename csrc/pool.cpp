@@ -15,14 +15,13 @@ Status Worker::fill(Batch& batch, std::size_t index, int& attempt, std::uint64_t
     const Request& request = batch.request;
     std::int64_t& replaced = batch.replaced[index];
     replaced = 0;
-    const std::size_t images = request.file_per_band ? request.channels : 1;
-    const std::size_t each = request.channels / images;
     const int this_attempt = attempt;
     Status outcome;
-    for (std::size_t i = 0; i < images; ++i) {
-        const std::string& path = request.paths[index * images + i];
+    for (std::size_t first = 0, end = 0; first < request.channels; first = end) {
+        const std::string& path = request.paths[request.path_of(index, first)];
+        while (end < request.channels && request.paths[request.path_of(index, end)] == path) ++end;
         int next = this_attempt;
-        Status status = image(request, path, index, i * each, each, next, replaced, bytes_read);
+        Status status = image(request, index, first, end - first, next, replaced, bytes_read);
         if (status.code == Status::failed) {
             status.message = path + ": " + status.message;
             return status;
@@ -36,17 +35,22 @@ Status Worker::fill(Batch& batch, std::size_t index, int& attempt, std::uint64_t
     return outcome;
 }
 
-Status Worker::image(const Request& request, const std::string& path, std::size_t index,
-                     std::size_t first_channel, std::size_t channels, int& attempt,
-                     std::int64_t& replaced, std::uint64_t& bytes_read) {
+Status Worker::image(const Request& request, std::size_t index, std::size_t first_channel,
+                     std::size_t channels, int& attempt, std::int64_t& replaced,
+                     std::uint64_t& bytes_read) {
+    const std::size_t path = request.path_of(index, first_channel);
     File file;
-    if (Status status = file.open(path.c_str()); !status.ok()) return status;
+    if (Status status = file.open(request.paths[path].c_str()); !status.ok()) return status;
     const std::size_t first = index * request.channels + first_channel;
     const std::int64_t* bands = request.bands.data() + first;
 
     file.cached_only = attempt == 0;
     Status status = parse(file, header_, false, layout_);
     if (status.ok()) {
+        if (!request.bands_in_file.empty() && request.bands_in_file[path] != layout_.bands)
+            return Status::failure("has " + std::to_string(layout_.bands) + " bands, not " +
+                                   std::to_string(request.bands_in_file[path]) +
+                                   " (tag 277, SamplesPerPixel)");
         for (std::size_t c = 0; c < channels; ++c)
             if (bands[c] >= layout_.bands)
                 return Status::failure("tag 277 (SamplesPerPixel) is " +

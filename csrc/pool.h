@@ -35,12 +35,17 @@ struct Request {
     std::size_t samples = 0, channels = 0, height = 0, width = 0;
     std::vector<std::string> paths;  // one for each sample or, with file_per_band, for each channel
     bool file_per_band = false;
+    std::vector<std::uint32_t> bands_in_file;  // of each path; empty: any number
     std::vector<std::int64_t> bands;   // [samples][channels]
     std::vector<double> windows;       // [samples][4]: top, left, height, width; empty: all of it
     std::vector<std::uint8_t> orient;  // [samples]; empty: 0
     std::vector<float> mean, std;      // by band, or [samples][channels]; empty: 0 and 1
     bool statistics_by_band = false;
     bool stop_at_failure = true;  // samples after a failed one need not be filled
+
+    std::size_t path_of(std::size_t sample, std::size_t channel) const {  // index in `paths`
+        return file_per_band ? sample * channels + channel : sample;
+    }
 };
 
 // A request under way and, once done, its outcome.
@@ -72,9 +77,9 @@ class Worker {
     Status fill(Batch& batch, std::size_t index, int& attempt, std::uint64_t& bytes_read);
 
   private:
-    Status image(const Request& request, const std::string& path, std::size_t index,
-                 std::size_t first_channel, std::size_t channels, int& attempt,
-                 std::int64_t& replaced, std::uint64_t& bytes_read);
+    Status image(const Request& request, std::size_t index, std::size_t first_channel,
+                 std::size_t channels, int& attempt, std::int64_t& replaced,
+                 std::uint64_t& bytes_read);
     Status pixels(const Request& request, std::size_t index, std::size_t first,
                   std::size_t channels, std::int64_t& replaced);
 

@@ -406,7 +406,7 @@ def run_limited(code, *arguments, **environment):
             resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") * 1024 + more, hard))
     """
     program = textwrap.dedent(start) + textwrap.dedent(code)
-    folder = Path(bandcrop.__file__).parent  # the same build as this process's
+    folder = Path(bandcrop.__file__).parents[1]  # the same build as this process's
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(folder), "OPENBLAS_NUM_THREADS": "1", **environment},

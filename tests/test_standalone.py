@@ -23,7 +23,7 @@ from synthetic import write_dfc2020, write_eurosat, write_sen12ms
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["pretrain", "probe", "segment", "analyze"]
-STUB = ROOT / "csrc" / "bandcrop-stubs" / "__init__.pyi"
+STUB = ROOT / "csrc" / "bandcrop" / "_core.pyi"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -32,7 +32,7 @@ def elsewhere(tmp_path_factory) -> Path:
     """A folder with tiny archives, and site/ that holds `bandcrop` alone."""
     place = tmp_path_factory.mktemp("elsewhere")
     (place / "site").mkdir()
-    (place / "site" / Path(bandcrop.__file__).name).symlink_to(bandcrop.__file__)
+    (place / "site" / "bandcrop").symlink_to(Path(bandcrop.__file__).parent)
     write_sen12ms(place / "sen12ms", pairs=8, seed=0, size=48)
     write_eurosat(place / "eurosat", per_class=3, seed=0)
     write_dfc2020(place / "dfc2020", validation=3, test=3, seed=0, size=32)

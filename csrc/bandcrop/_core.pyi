@@ -76,6 +76,7 @@ class Reader:
         mean: npt.ArrayLike | None = None,  # float32 [bands in file] or [N, C]
         std: npt.ArrayLike | None = None,
         bad: Literal["raise", "report"] = "raise",
+        bands_in_file: npt.ArrayLike | None = None,  # int: one number, or one for each path
     ) -> Report: ...
     def submit(
         self,
@@ -87,6 +88,7 @@ class Reader:
         mean: npt.ArrayLike | None = None,
         std: npt.ArrayLike | None = None,
         bad: Literal["raise", "report"] = "raise",
+        bands_in_file: npt.ArrayLike | None = None,  # int: one number, or one for each path
     ) -> Ticket: ...
 
 def info(path: _Path) -> TileInfo: ...
