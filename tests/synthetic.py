@@ -1,6 +1,6 @@
 """Write synthetic archives shaped like SEN12MS, EuroSAT, RESISC45 and DFC2020.
 
-    python tests/synthetic.py data/demo                # all five, in DIR/sen12ms, DIR/eurosat, ...
+    python tests/synthetic.py data/demo                # all, in DIR/sen12ms, DIR/eurosat, ...
     python tests/synthetic.py data/demo --pairs 1000   # more pairs for pre-training
     python tests/synthetic.py data/demo --eurosat 0    # 0 leaves an archive out
 
@@ -215,8 +215,10 @@ def draw_tile(
     return s2, s1, modis[cover], covers[cover].astype(np.uint8)
 
 
-def draw_eurosat(rng: np.random.Generator, name: str) -> NDArray[np.uint16]:
-    """[64, 64, 13], SEN12MS's band order: the class's surface, up to a quarter of another one."""
+def draw_eurosat(
+    rng: np.random.Generator, name: str
+) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    """S2 [64, 64, 13], S1 [64, 64, 2]: the class's surface, up to a quarter of another one."""
     size = 64
     main = EUROSAT[name] or rng.choice(COUNTRY)
     other = rng.choice([s for s in COUNTRY if s != main])
@@ -231,7 +233,7 @@ def draw_eurosat(rng: np.random.Generator, name: str) -> NDArray[np.uint16]:
         width = rng.uniform(7, 18) if name == "River" else rng.uniform(2, 4)
         cover[np.abs(u - rng.uniform(-12, 12)) < width / 2] = 2
         surfaces.append(SURFACES["water" if name == "River" else "road"])
-    return render(rng, cover, surfaces)[0]
+    return render(rng, cover, surfaces)
 
 
 def to_bytes(rgb: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -408,11 +410,24 @@ def write_eurosat(root: str | Path, per_class: int, seed: int) -> bool:
     def fill(folder: Path) -> None:
         for index in range(10 * per_class):
             name, number = list(EUROSAT)[index % 10], 1 + index // 10
-            tile = draw_eurosat(random_of("eurosat", seed, index), name)[..., EUROSAT_ORDER]
+            tile = draw_eurosat(random_of("eurosat", seed, index), name)[0][..., EUROSAT_ORDER]
             path = folder / name / f"{name}_{number}.tif"
             write_bands(path, tile, 4, f"synthetic EuroSAT {name}", 32632)
 
     return write_archive(Path(root), f"eurosat per_class={per_class} seed={seed}", fill)
+
+
+def write_eurosat_s1(root: str | Path, per_class: int, seed: int) -> bool:
+    """The SAR twin: the places and names of write_eurosat with the same seed, [2, 64, 64] dB."""
+
+    def fill(folder: Path) -> None:
+        for index in range(10 * per_class):
+            name, number = list(EUROSAT)[index % 10], 1 + index // 10
+            tile = draw_eurosat(random_of("eurosat", seed, index), name)[1]
+            path = folder / name / f"{name}_{number}.tif"
+            write_bands(path, tile, 4, f"synthetic EuroSAT SAR {name}", 32632)
+
+    return write_archive(Path(root), f"eurosat_s1 per_class={per_class} seed={seed}", fill)
 
 
 def write_eurosat_rgb(root: str | Path, per_class: int, seed: int) -> bool:
@@ -421,7 +436,7 @@ def write_eurosat_rgb(root: str | Path, per_class: int, seed: int) -> bool:
     def fill(folder: Path) -> None:
         for index in range(10 * per_class):
             name, number = list(EUROSAT)[index % 10], 1 + index // 10
-            rgb = draw_eurosat(random_of("eurosat", seed, index), name)[..., RGB]
+            rgb = draw_eurosat(random_of("eurosat", seed, index), name)[0][..., RGB]
             path = folder / name / f"{name}_{number}.jpg"
             write_jpeg(path, to_bytes(rgb), 100, f"synthetic EuroSAT {name}")
 
@@ -500,7 +515,7 @@ def main() -> int:
     number = partial(parser.add_argument, type=count)
     number("--seed", default=0, help="another seed gives other tiles")
     number("--pairs", default=160, help="SEN12MS pairs")
-    number("--eurosat", default=40, help="EuroSAT images a class, GeoTIFF and JPEG")
+    number("--eurosat", default=40, help="EuroSAT images a class: S2, S1, JPEG")
     number("--resisc45", default=4, help="RESISC45 images a class")
     number("--dfc2020", default=[24, 48], nargs=2, help="validation and test tiles")
     number("--size", default=256, help="side of SEN12MS and DFC2020 tiles in pixels")
@@ -514,6 +529,7 @@ def main() -> int:
     archives = [  # folder, number, what, and what writes it
         ("sen12ms", args.pairs, "pairs", write_sen12ms, {"pairs": args.pairs, "size": args.size}),
         ("eurosat", 10 * args.eurosat, "images of 13 bands", write_eurosat, eurosat),
+        ("eurosat_s1", 10 * args.eurosat, "SAR twins of them", write_eurosat_s1, eurosat),
         ("eurosat_rgb", 10 * args.eurosat, "RGB images", write_eurosat_rgb, eurosat),
         ("resisc45", 45 * args.resisc45, "images", write_resisc45, {"per_class": args.resisc45}),
         ("dfc2020", validation + test, "validation and test tiles", write_dfc2020, dfc2020),
