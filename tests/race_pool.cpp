@@ -16,7 +16,7 @@ using namespace bandcrop;
 
 namespace {
 
-std::atomic<long> until_failure{-1};  // allocations that still succeed; negative: all do
+std::atomic<long> countdown{-1};  // of allocations: those at 1 and 0 fail; negative: none does
 
 constexpr std::size_t samples = 24, side = 24;
 constexpr std::chrono::milliseconds a_while{20};
@@ -50,13 +50,13 @@ void require(bool holds, const char* what) {
     std::exit(1);
 }
 
-// One batch with the n-th allocation failing, in whichever thread it is. False: there were fewer.
+// One batch with allocations n and n + 1 failing, in whichever thread it is. False: there were fewer.
 bool survives(const std::vector<std::string>& paths, const Batch& alone,
               const std::vector<float>& expected, long n) {
     std::vector<float> out;
     Request what = request(paths, out, 0);
     Pool pool(2);
-    until_failure = n;
+    countdown = n + 1;
     try {
         const auto batch = std::make_shared<Batch>(std::move(what));
         pool.submit(batch);
@@ -73,13 +73,13 @@ bool survives(const std::vector<std::string>& paths, const Batch& alone,
     } catch (const std::bad_alloc&) {
     } catch (const std::system_error&) {
     }
-    return until_failure.exchange(-1) < 0;
+    return countdown.exchange(-1) < 1;
 }
 
 }  // namespace
 
 void* operator new(std::size_t size) {
-    if (until_failure >= 0 && until_failure-- == 0) throw std::bad_alloc();
+    if (countdown >= 0 && countdown-- < 2) throw std::bad_alloc();
     if (void* const memory = std::malloc(size)) return memory;
     throw std::bad_alloc();
 }
