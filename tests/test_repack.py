@@ -1,4 +1,4 @@
-"""`python -m bandcrop.repack` against tifffile: the same samples and tags, whatever comes between."""
+"""`python -m bandcrop.repack` against tifffile: the same samples and tags, whatever happens."""
 
 import os
 import shutil

@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ except ImportError:
 KEPT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113)
 
 
-def kept_tags(path: Path, bands: list[int] | None = None) -> dict[int, tuple[int, object]]:
+def kept_tags(path: Path, bands: list[int] | None = None) -> dict[int, tuple[int, Any]]:
     """Tag -> (type, value) of the first image, text as bytes."""
     tags = {}
     with tifffile.TiffFile(path) as file:
@@ -130,8 +131,8 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", type=Path, metavar="SRC")
     parser.add_argument("target", type=Path, metavar="DST")
-    parser.add_argument("--bands", type=numbers, metavar="2,3,4", help="keep these (GDAL's numbers, "
-                        "from 1 on) of files that have all of them; others stay whole")  # fmt: skip
+    parser.add_argument("--bands", type=numbers, metavar="2,3,4", help="keep these, by GDAL's "
+                        "numbers, of files that have all of them; others stay whole")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="files at a time (4)")
     args = parser.parse_args()
     source, target = args.source.resolve(), args.target.resolve()
@@ -164,8 +165,9 @@ def main() -> None:
                 print(f"\nnot done: {error}", file=sys.stderr)
             else:
                 written, made = written + job.result(), made + (job.result() > 0)
-            if done * 100 // total == (done - 1) * 100 // total:
-                continue  # at most a hundred lines, which a terminal shows as one
+            steps = 1000 if terminal else 20  # a terminal shows all lines as one
+            if done * steps // total == (done - 1) * steps // total:
+                continue
             spent = time.monotonic() - began
             bar, left = "#" * (20 * done // total), spent / done * (total - done)
             print(f"[{bar:20}] {done}/{total} files  {written / 1e6 / spent:.0f} MB/s  "
