@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,6 +252,7 @@ def by_imagecodecs(draw: Draw, use: Callable[[int, NDArray], None]) -> None:
 
 
 PEERS = {"imagecodecs": by_imagecodecs, "rasterio": by_rasterio}  # the two fastest of six
+PEERS = {name: peer for name, peer in PEERS.items() if find_spec(name)}
 
 
 def fill_arguments(draw: Draw, normalised: bool = False) -> dict:
@@ -300,18 +302,18 @@ def read_layout(
     side, reader = pool.tiles[0].shape[1], bandcrop.Reader(1)
     space = np.ones(BATCH * side * side, np.float32)
     methods: dict[str, Callable] = {
-        "bandcrop": lambda draw, out: partial(reader.fill, out, **fill_arguments(draw)),
-        "imagecodecs": lambda draw, out: partial(by_imagecodecs, draw, out[:, 0].__setitem__),
-        "rasterio": lambda draw, out: partial(by_rasterio, draw, out[:, 0].__setitem__),
+        name: lambda draw, out, peer=peer: partial(peer, draw, out[:, 0].__setitem__)
+        for name, peer in PEERS.items()
     }
+    methods["bandcrop"] = lambda draw, out: partial(reader.fill, out, **fill_arguments(draw))
     if pool.layout.codec is None:
         methods["with floats"] = partial(limit, library)
     for name in list(methods):
         draw, out = draw_crops(pool, rng, 6, (37, 29)), np.zeros((6, 1, 37, 29), np.float32)
-        with contextlib.suppress(Exception):  # a peer that is not here or cannot read these files
+        with contextlib.suppress(Exception):  # whatever a peer raises that cannot read these files
             methods[name](draw, out)()
         if not all(np.array_equal(out[i, 0], draw.truth(i)) for i in range(6)):
-            print(f"\n{pool.layout.name}: {name} is not timed: it gives no or other pixels")
+            print(f"\n{pool.layout.name}: {name} is not timed: no pixels, or others")
             del methods[name]
     if pool.layout.codec is None:
         methods["limit"] = lambda draw, out: limit(library, draw, None)
@@ -415,9 +417,7 @@ def bench_pairs(folder: Path, rng: np.random.Generator, share: float) -> None:
         one, two = (partial(fill_pairs, bandcrop.Reader(n)) for n in (1, 2))
         methods = {"bandcrop, 1 thread": (one, pools, False)}
         for name, peer in PEERS.items():
-            with contextlib.suppress(ImportError):
-                peer(draw_crops(pools[0], rng, 1), lambda i, pixels: None)
-                methods[f"{name} + F.interpolate"] = (partial(peer_pairs, peer), pools, False)
+            methods[f"{name} + F.interpolate"] = (partial(peer_pairs, peer), pools, False)
         methods["bandcrop, 2 threads"] = (two, pools, False)
         methods["2 threads, repacked"] = (two, repacked, False)
         methods["2 threads, cold"] = (two, pools, True)

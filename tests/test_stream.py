@@ -231,6 +231,37 @@ def test_importing_bandcrop_imports_nothing_heavier_than_numpy():
     assert subprocess.run(command, capture_output=True, text=True).stdout == "[]\n"
 
 
+def test_equal_neighbouring_paths_are_opened_and_read_once(tmp_path):
+    path, other = tmp_path / "tile.tif", tmp_path / "other.tif"
+    tile = np.random.default_rng(0).random((8, 8, 3), np.float32)
+    tifffile.imwrite(path, tile, planarconfig="contig", photometric="minisblack")
+    tifffile.imwrite(other, tile[::-1], planarconfig="contig", photometric="minisblack")
+    reader, out = bandcrop.Reader(1), np.empty((1, 4, 8, 8), np.float32)
+    once = reader.fill(out, [path], [[0, 1, 2, 1]]).bytes_read
+    assert reader.fill(out, [[path] * 4], [[0, 1, 2, 1]]).bytes_read == once
+    assert reader.fill(out, [[path, path, other, other]], [[0, 1, 2, 1]]).bytes_read == 2 * once
+    np.testing.assert_array_equal(out[0, :2], tile.transpose(2, 0, 1)[:2])
+    np.testing.assert_array_equal(out[0, 2:], tile[::-1].transpose(2, 0, 1)[[2, 1]])
+
+
+def test_every_file_of_another_number_of_bands_is_refused(tiles, tmp_path):
+    odd = str(tmp_path / "odd.tif")
+    tifffile.imwrite(odd, np.zeros((2, 8, 8), np.float32), planarconfig="separate",
+                     photometric="minisblack")  # fmt: skip
+    reader, out = bandcrop.Reader(2), np.ones((3, 1, 8, 8), np.float32)
+    call = (out, [tiles[0], odd, tiles[1]], np.zeros((3, 1), int))
+    for wanted in (1, [1, 1, 1]):
+        with pytest.raises(bandcrop.TileError, match=r"odd\.tif: has 2 bands, not 1") as caught:
+            reader.fill(*call, bands_in_file=wanted)
+        assert caught.value.index == 1
+        report = reader.submit(*call, bad="report", bands_in_file=wanted).wait()
+        assert [index for index, _ in report.errors] == [1] and not out[1].any()
+    assert reader.fill(*call, bands_in_file=[1, 2, 1]).errors == []
+    for wrong in (0, 1.0, [1, 2], [[1], [2], [1]]):
+        with pytest.raises((TypeError, ValueError), match="bands_in_file"):
+            reader.fill(*call, bands_in_file=wrong)
+
+
 # --- statistics ----------------------------------------------------------------------------------
 
 
