@@ -103,7 +103,7 @@ def draw_tile(rng: np.random.Generator, sensor: str) -> NDArray:
     if sensor == "s1":  # dB, with the speckle of 4 looks
         speckle = 10 * np.log10(rng.standard_gamma(4, (bands, side, side)) / 4)
         return (-15 + 4 * scene + speckle).astype(np.float32)
-    noise = 1 + 0.01 * rng.standard_normal((bands, side, side))
+    noise = 1 + 0.004 * rng.standard_normal((bands, side, side))
     return np.rint(np.clip((1600 + 500 * scene) * noise, 1, 10000)).astype(np.uint16)
 
 

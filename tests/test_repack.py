@@ -194,6 +194,14 @@ def test_too_little_space_is_said_before_anything_is_written(archive, tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(archive, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/s1").write_text("a file where a folder should be")
+    done = run(archive, tmp_path / "new")
+    assert done.returncode == 1 and "new/s1" in done.stderr and "Trace" not in done.stderr
+    assert done.stderr.count("error") == 1
+
+
 def test_wrong_use_is_refused(archive, tmp_path):
     wrong = [
         (archive, archive), (archive, archive / "below"), (archive, tmp_path),

@@ -103,11 +103,11 @@ def is_tiff(path: Path) -> bool:
 
 def bytes_of(path: Path, bands: list[int] | None) -> int:
     """How many bytes a file becomes; 0 if it cannot be read."""
-    if not is_tiff(path):
-        return path.stat().st_size
     try:
+        if not is_tiff(path):
+            return path.stat().st_size
         tile = info(path)
-    except TileError:
+    except (OSError, TileError):
         return 0
     kept = len(bands) if bands and max(bands) < tile.bands else tile.bands
     return kept * tile.height * tile.width * np.dtype(tile.dtype).itemsize
@@ -160,7 +160,10 @@ def main() -> None:
     try:
         jobs = [pool.submit(repack, *pair, args.bands) for pair in zip(files, places, strict=True)]
         for done, job in enumerate(as_completed(jobs), 1):
-            if error := job.exception():
+            error = job.exception()
+            if isinstance(error, OSError):  # a full disk, no permission: the others would fail too
+                fail(1, f"{error}; the same command goes on from here")
+            if error:
                 failed += 1
                 print(f"\nnot done: {error}", file=sys.stderr)
             else:
