@@ -204,6 +204,7 @@ def test_after_the_loop_no_thread_writes(tmp_path, monkeypatch, how):
     requests = [*requests_of([str(tmp_path / "slow.tif")] * TILES, 12, batch=20)]
     if how == "bad tile":
         requests[2]["paths"][0] = "missing.tif"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     batches, kept = bandcrop.stream(requests, (20, 1, SIDE, SIDE), "cuda", threads=2), None
     try:
         for number, _ in enumerate(batches):
@@ -217,6 +218,8 @@ def test_after_the_loop_no_thread_writes(tmp_path, monkeypatch, how):
         del batches
     except bandcrop.TileError as error:
         kept = error  # and with it the frames that it came through
+    finally:
+        signal.signal(signal.SIGINT, before)
     for buffer in device.host:
         buffer[:] = -1
     time.sleep(0.05)
