@@ -42,7 +42,6 @@ BATCH = 32  # samples a fill
 VIEW = 224  # pixels, side of a view
 POOL = {"s2": 128, "s1": 256, "eurosat": 640}  # files: together more than a 32 MB L3
 BASES = 8  # different tiles in a pool; the other files are copies
-STATS = {"s2": (1600.0, 900.0), "s1": (-15.0, 5.0)}  # mean, std of the views: any will do
 TUNED = {  # GDAL for many small local files
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_PAM_ENABLED": "NO",
@@ -255,14 +254,9 @@ PEERS = {"imagecodecs": by_imagecodecs, "rasterio": by_rasterio}  # the two fast
 PEERS = {name: peer for name, peer in PEERS.items() if find_spec(name)}
 
 
-def fill_arguments(draw: Draw, normalised: bool = False) -> dict:
-    side, shape = draw.pool.tiles[0].shape[1], (len(draw.files), 1)
-    arguments = {"paths": draw.paths, "bands": draw.bands[:, None], "windows": draw.boxes / side}
-    if normalised:
-        mean, std = STATS[draw.pool.layout.sensor]
-        arguments["mean"] = np.full(shape, mean, np.float32)
-        arguments["std"] = np.full(shape, std, np.float32)
-    return arguments
+def fill_arguments(draw: Draw) -> dict:
+    side = draw.pool.tiles[0].shape[1]
+    return {"paths": draw.paths, "bands": draw.bands[:, None], "windows": draw.boxes / side}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,14 +352,13 @@ files. Windows have BYOL's areas (0.08 to 1) and ratios, one size a round."""
 def fill_pairs(reader: bandcrop.Reader, draws: list[Draw], views: Tensor) -> int:
     """views [2, N, 1, 224, 224]; returns the bytes of pixels that were read."""
     tickets = [
-        reader.submit(view, **fill_arguments(draw, normalised=True))
-        for view, draw in zip(views, draws, strict=True)
+        reader.submit(view, **fill_arguments(draw)) for view, draw in zip(views, draws, strict=True)
     ]
     return sum(ticket.wait().bytes_read for ticket in tickets)
 
 
 def peer_pairs(peer: Callable, draws: list[Draw], views: Tensor) -> int:
-    """The usual loop: read a crop, resize it, next; then normalise."""
+    """The usual loop: read a crop, resize it, next."""
     for view, draw in zip(views, draws, strict=True):
 
         def resize(i: int, pixels: NDArray, view: Tensor = view) -> None:
@@ -373,8 +366,6 @@ def peer_pairs(peer: Callable, draws: list[Draw], views: Tensor) -> int:
             view[i] = F.interpolate(whole, (VIEW, VIEW), mode="bicubic", antialias=True)[0]
 
         peer(draw, resize)
-        mean, std = STATS[draw.pool.layout.sensor]
-        view.sub_(mean).div_(std)
     return 0
 
 
@@ -434,7 +425,7 @@ def bench_pairs(folder: Path, rng: np.random.Generator, share: float) -> None:
         kilobytes = [f"{np.mean(values[name]):.0f}" for values in (asked, disk)]
         rows.append([name, pairs, f"{faster} ({other})", *kilobytes])
     notes = f"""\
-An S2 and an S1 file to two normalised views of {VIEW} x {VIEW}, each its own band and window, from
+An S2 and an S1 file to two views of {VIEW} x {VIEW}, each its own band and window, from
 an interleaved archive (as SEN12MS is) and from what bandcrop.repack makes of it; warm but where it
 says cold; {len(seconds)} rounds. Cold: dropped from the page cache before each fill of {BATCH}; the
 disk's bytes are the kernel's count, read-ahead included. A host below may have its own cache."""
