@@ -50,7 +50,7 @@ void require(bool holds, const char* what) {
     std::exit(1);
 }
 
-// One batch with allocations n and n + 1 failing, in whichever thread it is. False: there were fewer.
+// One batch with allocations n and n + 1 failing, whoever makes them. False: there were fewer.
 bool survives(const std::vector<std::string>& paths, const Batch& alone,
               const std::vector<float>& expected, long n) {
     std::vector<float> out;
