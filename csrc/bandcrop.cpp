@@ -2,7 +2,8 @@
 //
 // Promises: `out` is written only between the call and the end of fill() or wait(), or the Ticket's
 // destruction; Ctrl-C is noticed within a tenth of a second or one sample; a Reader used in a
-// process forked after it was made raises RuntimeError.
+// process forked after it was made raises RuntimeError. Threads that wait here when Python ends
+// stop; a sub-interpreter gets an ImportError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,6 +21,26 @@ namespace bandcrop {
 namespace {
 
 constexpr std::chrono::milliseconds between_signals{50};
+
+// A scope without the GIL. Where Python has ended meanwhile, taking it back ends a daemon thread
+// (before 3.14, by an unwinding that would meet destructors that need the GIL): it stops here
+// instead, until the process is gone.
+class WithoutGil {
+  public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+    ~WithoutGil() {
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) {
+            for (;;) ::pause();
+        }
+    }
+
+  private:
+    PyThreadState* state_;
+};
 
 // Messages hold paths, which need not be UTF-8: as os.fsdecode() has it.
 py::str text(const std::string& message) {
@@ -63,7 +84,7 @@ TileInfo read_info(const py::object& path) {
     TileInfo result;
     Status status;
     {
-        py::gil_scoped_release release;
+        const WithoutGil released;
         File file;
         Header header;
         status = file.open(name.c_str());
@@ -83,7 +104,7 @@ py::array read_samples(const py::object& path, const py::object& bands, const py
     Layout layout;
     Status status;
     {
-        py::gil_scoped_release release;
+        const WithoutGil released;
         status = file.open(name.c_str());
         if (status.ok()) status = parse(file, header, false, layout);
     }
@@ -114,7 +135,7 @@ py::array read_samples(const py::object& path, const py::object& bands, const py
 
     Region region;
     {
-        py::gil_scoped_release release;
+        const WithoutGil released;
         status = region.plan(file, header, layout, area, wanted.data(), wanted.size());
         if (status.ok()) status = region.read(file);
     }
@@ -123,7 +144,7 @@ py::array read_samples(const py::object& path, const py::object& bands, const py
     py::array out(py::dtype(type_name(layout)), {wanted.size(), height, width});
     auto* to = static_cast<std::uint8_t*>(out.mutable_data());
     {
-        py::gil_scoped_release release;
+        const WithoutGil released;
         const std::size_t row = width * layout.sample_bytes;
         for (std::uint32_t y = area.top, rows = 0; y < area.bottom && status.ok(); y += rows) {
             rows = region.rows_at_hand(y);
@@ -151,12 +172,14 @@ void check_process(pid_t made_in) {
 }
 
 py::object report(const Batch& batch) {
-    if (batch.request.stop_at_failure)
-        for (std::size_t i = 0; i < batch.errors.size(); ++i)
-            if (!batch.errors[i].empty()) raise_tile_error(batch.errors[i], py::int_(i));
     py::list errors;
-    for (std::size_t i = 0; i < batch.errors.size(); ++i)
-        if (!batch.errors[i].empty()) errors.append(py::make_tuple(i, text(batch.errors[i])));
+    for (std::size_t i = 0; i < batch.errors.size(); ++i) {
+        const auto& [message, path] = batch.errors[i];
+        if (message.empty()) continue;
+        const std::string full = batch.request.paths[path] + ": " + message;
+        if (batch.request.stop_at_failure) raise_tile_error(full, py::int_(i));
+        errors.append(py::make_tuple(i, text(full)));
+    }
     return py::cast(
         Report{py::array_t<std::int64_t>(static_cast<py::ssize_t>(batch.replaced.size()),
                                          batch.replaced.data()),
@@ -170,12 +193,12 @@ void until_done(Pool& pool, Batch& batch, Step&& step) {
     for (;;) {
         bool done;
         {
-            py::gil_scoped_release release;
+            const WithoutGil released;
             done = step();
         }
         if (done) return;
         if (PyErr_CheckSignals() != 0) {
-            py::gil_scoped_release release;
+            const WithoutGil released;
             pool.cancel(batch);
             break;
         }
@@ -190,7 +213,7 @@ class Ticket {
     Ticket(Ticket&&) = default;
     ~Ticket() {
         if (!pool_ || getpid() != made_in_) return;
-        py::gil_scoped_release release;
+        const WithoutGil released;
         pool_->cancel(*batch_);
     }
     py::object wait() {
@@ -384,7 +407,7 @@ class Reader {
         });
     }
     ~Reader() {
-        py::gil_scoped_release release;
+        const WithoutGil released;
         pool_.reset();
     }
     unsigned threads() const { return pool_->threads(); }
@@ -396,26 +419,23 @@ class Reader {
         check_process(made_in_);
         py::array array = output_array(out);
         const auto batch = std::make_shared<Batch>(
-            checked_request(
-            array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
+            checked_request(array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
         if (pool_->threads() > 1 && batch->request.samples > 1) {
             pool_->submit(batch);
-            until_done(*pool_, *batch, [&] { return pool_->wait(*batch, between_signals); });
-        } else {  // nobody to share the work with: no thread needs to be woken
-            until_done(*pool_, *batch, [&] { return pool_->work(*batch, between_signals); });
+            return Ticket(pool_, batch, std::move(array)).wait();
         }
+        // Nobody to share the work with: no thread needs to be woken.
+        until_done(*pool_, *batch, [&] { return pool_->work(*batch, between_signals); });
         return report(*batch);
     }
 
     Ticket submit(const py::object& out, const py::sequence& paths, const py::object& bands,
                   const py::object& windows, const py::object& orient, const py::object& mean,
-                  const py::object& std, const std::string& bad,
-                    const py::object& bands_in_file) {
+                  const py::object& std, const std::string& bad, const py::object& bands_in_file) {
         check_process(made_in_);
         py::array array = output_array(out);
         auto batch = std::make_shared<Batch>(
-            checked_request(
-            array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
+            checked_request(array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
         pool_->submit(batch);
         return Ticket(pool_, std::move(batch), std::move(array));
     }
@@ -457,7 +477,7 @@ Raises TileError (a file that cannot be read), TypeError and ValueError (argumen
 }  // namespace
 }  // namespace bandcrop
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(core, m) {
     using namespace bandcrop;
     m.doc() =
         "Reads, band-selects, crops and resamples GeoTIFF tiles into caller-owned float32 batches.";
@@ -535,4 +555,13 @@ PYBIND11_MODULE(_core, m) {
           "window  top, left, height, width in whole pixels; None: the whole tile\n\n"
           "Raises TileError (the file), IndexError (bands) and ValueError (window).");
     m.def("codecs", &codecs, "Compressions that this build decodes.");
+}
+
+// What Python calls. pybind11's own start would wait for ever in a sub-interpreter (Python < 3.12).
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+        PyErr_SetString(PyExc_ImportError, "bandcrop works in Python's main interpreter only");
+        return nullptr;
+    }
+    return PyInit_core();
 }

@@ -9,47 +9,49 @@
 namespace bandcrop {
 
 Batch::Batch(Request what)
-    : request(std::move(what)), replaced(request.samples), errors(request.samples) {}
+    : request(std::move(what)), replaced(request.samples), errors(request.samples) {
+    again_.reserve(request.samples);
+}
 
-Status Worker::fill(Batch& batch, std::size_t index, int& attempt, std::uint64_t& bytes_read) {
+Status Worker::fill(Batch& batch, Job& job) {
     const Request& request = batch.request;
-    std::int64_t& replaced = batch.replaced[index];
+    std::int64_t& replaced = batch.replaced[job.index];
     replaced = 0;
-    const int this_attempt = attempt;
+    job.bytes_read = 0;
+    const Wait wait = job.wait;
+    Wait next = Wait::for_pixels;
     Status outcome;
     for (std::size_t first = 0, end = 0; first < request.channels; first = end) {
-        const std::string& path = request.paths[request.path_of(index, first)];
-        while (end < request.channels && request.paths[request.path_of(index, end)] == path) ++end;
-        int next = this_attempt;
-        Status status = image(request, index, first, end - first, next, replaced, bytes_read);
-        if (status.code == Status::failed) {
-            status.message = path + ": " + status.message;
-            return status;
-        }
+        job.path = request.path_of(job.index, first);
+        const std::string& path = request.paths[job.path];
+        while (end < request.channels && request.paths[request.path_of(job.index, end)] == path)
+            ++end;
+        job.wait = wait;
+        Status status = image(request, job, first, end - first, replaced);
+        if (status.code == Status::failed) return status;
         // Of a sample of several files, ask for all that are not there before giving up.
         if (!status.ok()) {
-            attempt = outcome.ok() ? next : std::min(attempt, next);
-            outcome = status;
+            next = std::min(next, job.wait);
+            outcome = std::move(status);
         }
     }
+    job.wait = next;
     return outcome;
 }
 
-Status Worker::image(const Request& request, std::size_t index, std::size_t first_channel,
-                     std::size_t channels, int& attempt, std::int64_t& replaced,
-                     std::uint64_t& bytes_read) {
-    const std::size_t path = request.path_of(index, first_channel);
+Status Worker::image(const Request& request, Job& job, std::size_t first_channel,
+                     std::size_t channels, std::int64_t& replaced) {
     File file;
-    if (Status status = file.open(request.paths[path].c_str()); !status.ok()) return status;
-    const std::size_t first = index * request.channels + first_channel;
+    if (Status status = file.open(request.paths[job.path].c_str()); !status.ok()) return status;
+    const std::size_t first = job.index * request.channels + first_channel;
     const std::int64_t* bands = request.bands.data() + first;
 
-    file.cached_only = attempt == 0;
+    file.cached_only = job.wait == Wait::for_nothing;
     Status status = parse(file, header_, false, layout_);
     if (status.ok()) {
-        if (!request.bands_in_file.empty() && request.bands_in_file[path] != layout_.bands)
+        if (!request.bands_in_file.empty() && request.bands_in_file[job.path] != layout_.bands)
             return Status::failure("has " + std::to_string(layout_.bands) + " bands, not " +
-                                   std::to_string(request.bands_in_file[path]) +
+                                   std::to_string(request.bands_in_file[job.path]) +
                                    " (tag 277, SamplesPerPixel)");
         for (std::size_t c = 0; c < channels; ++c)
             if (bands[c] >= layout_.bands)
@@ -57,8 +59,9 @@ Status Worker::image(const Request& request, std::size_t index, std::size_t firs
                                        std::to_string(layout_.bands) + ", but band " +
                                        std::to_string(bands[c]) + " was asked for (0-based)");
         double window[4] = {0, 0, 1, 1};
-        if (!request.windows.empty()) std::copy_n(request.windows.data() + index * 4, 4, window);
-        const unsigned orient = request.orient.empty() ? 0 : request.orient[index];
+        if (!request.windows.empty())
+            std::copy_n(request.windows.data() + job.index * 4, 4, window);
+        const unsigned orient = request.orient.empty() ? 0 : request.orient[job.index];
         const bool transposes = (orient & 4) != 0;
         const auto rows = static_cast<std::uint32_t>(transposes ? request.width : request.height);
         const auto columns =
@@ -78,19 +81,19 @@ Status Worker::image(const Request& request, std::size_t index, std::size_t firs
     }
     if (status.code == Status::not_cached) {
         file.will_need(0, 4096);
-        attempt = 1;
+        job.wait = Wait::for_headers;
     }
     if (!status.ok()) return status;
-    file.cached_only = attempt < 2;
+    file.cached_only = job.wait != Wait::for_pixels;
     status = region_.read(file);
-    if (status.ok()) status = pixels(request, index, first, channels, replaced);
+    if (status.ok()) status = pixels(request, job.index, first, channels, replaced);
     if (status.code == Status::not_cached) {
         for (const Region::Range& range : region_.ranges())
             file.will_need(range.offset, range.length);
-        attempt = 2;
+        job.wait = Wait::for_pixels;
     }
     if (status.ok())
-        for (const Region::Range& range : region_.ranges()) bytes_read += range.length;
+        for (const Region::Range& range : region_.ranges()) job.bytes_read += range.length;
     return status;
 }
 
@@ -142,15 +145,14 @@ bool Pool::finished(const Batch& batch) {
     return batch.running_ == 0 && (batch.cancelled_ || batch.done_ == batch.request.samples);
 }
 
-bool Pool::claim(Batch& batch, std::size_t& index, int& attempt) {
+bool Pool::claim(Batch& batch, Job& job) {
     if (batch.cancelled_) return false;
     if (batch.next_ < batch.request.samples) {
-        index = batch.next_++;
-        attempt = 0;
+        job = {};
+        job.index = batch.next_++;
     } else if (!batch.again_.empty()) {
-        index = batch.again_.front().index;
-        attempt = batch.again_.front().attempt;
-        batch.again_.pop_front();
+        job = batch.again_.front();
+        batch.again_.erase(batch.again_.begin());
     } else {
         return false;
     }
@@ -158,54 +160,52 @@ bool Pool::claim(Batch& batch, std::size_t& index, int& attempt) {
     return true;
 }
 
-// Runs one job with the lock released.
-void Pool::run(Worker& worker, Batch& batch, std::size_t index, int attempt,
+// Runs one job with the lock released. Throws nothing: a pool's thread has nobody to catch it.
+void Pool::run(std::unique_ptr<Worker>& worker, Batch& batch, Job job,
                std::unique_lock<std::mutex>& lock) {
     // After a failure only samples before it matter: one of them may fail too.
-    const bool matters = !(batch.request.stop_at_failure && index > batch.first_failed_);
+    const bool matters = !(batch.request.stop_at_failure && job.index > batch.first_failed_);
     Status status;
-    std::uint64_t bytes_read = 0;
     if (matters) {
         lock.unlock();
         try {
-            status = worker.fill(batch, index, attempt, bytes_read);
-        } catch (const std::bad_alloc&) {
-            status = Status::failure(
-                batch.request.paths[index * batch.request.paths.size() / batch.request.samples] +
-                ": too little memory to read it");
+            if (!worker) worker = std::make_unique<Worker>();
+            status = worker->fill(batch, job);
+        } catch (const std::exception&) {  // std::bad_alloc or, of absurd sizes, std::length_error
+            status.code = Status::failed;
+            status.message = "out of memory";  // so short that it needs none
         }
         if (status.code == Status::failed) {
             const std::size_t size =
                 batch.request.channels * batch.request.height * batch.request.width;
-            std::fill_n(batch.request.out + index * size, size, 0.0f);
-            batch.replaced[index] = 0;
+            std::fill_n(batch.request.out + job.index * size, size, 0.0f);
+            batch.replaced[job.index] = 0;
         }
         lock.lock();
     }
     --batch.running_;
     if (status.code == Status::not_cached) {
-        batch.again_.push_back({index, attempt});
+        batch.again_.push_back(job);
         work_to_do_.notify_one();
     } else {
         ++batch.done_;
-        batch.bytes_read += bytes_read;
+        batch.bytes_read += job.bytes_read;
         if (!status.ok()) {
-            batch.errors[index] = std::move(status.message);
-            batch.first_failed_ = std::min(batch.first_failed_, index);
+            batch.errors[job.index] = {std::move(status.message), job.path};
+            batch.first_failed_ = std::min(batch.first_failed_, job.index);
         }
     }
     if (finished(batch)) progress_.notify_all();
 }
 
 void Pool::serve() {
-    Worker worker;
+    std::unique_ptr<Worker> worker;  // made by the first job
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_) {
         std::shared_ptr<Batch> batch;
-        std::size_t index = 0;
-        int attempt = 0;
+        Job job;
         for (const auto& candidate : queue_)
-            if (claim(*candidate, index, attempt)) {
+            if (claim(*candidate, job)) {
                 batch = candidate;
                 break;
             }
@@ -213,7 +213,7 @@ void Pool::serve() {
             work_to_do_.wait(lock);
             continue;
         }
-        run(worker, *batch, index, attempt, lock);
+        run(worker, *batch, job, lock);
         if (finished(*batch))
             queue_.erase(std::remove(queue_.begin(), queue_.end(), batch), queue_.end());
     }
@@ -236,14 +236,11 @@ bool Pool::work(Batch& batch, std::chrono::milliseconds how_long) {
     if (!idle_.empty()) {
         worker = std::move(idle_.back());
         idle_.pop_back();
-    } else {
-        worker = std::make_unique<Worker>();
     }
-    std::size_t index = 0;
-    int attempt = 0;
-    while (std::chrono::steady_clock::now() < end && claim(batch, index, attempt))
-        run(*worker, batch, index, attempt, lock);
-    idle_.push_back(std::move(worker));
+    Job job;
+    while (std::chrono::steady_clock::now() < end && claim(batch, job))
+        run(worker, batch, job, lock);
+    if (worker) idle_.push_back(std::move(worker));
     return finished(batch);
 }
 

@@ -8,6 +8,9 @@
 //   writes to a batch's output any more.
 // - Each thread keeps its buffers from sample to sample: nothing is allocated once they are large
 //   enough.
+// - A thread that finds no memory fails its sample and goes on; in the caller's thread
+// std::bad_alloc
+//   or std::system_error (no thread to be had) leaves no batch behind.
 //
 // Does not: know Python. Threads are started by the first submit(), not before.
 #pragma once
@@ -36,7 +39,7 @@ struct Request {
     std::vector<std::string> paths;  // one for each sample or, with file_per_band, for each channel
     bool file_per_band = false;
     std::vector<std::uint32_t> bands_in_file;  // of each path; empty: any number
-    std::vector<std::int64_t> bands;   // [samples][channels]
+    std::vector<std::int64_t> bands;           // [samples][channels]
     std::vector<double> windows;       // [samples][4]: top, left, height, width; empty: all of it
     std::vector<std::uint8_t> orient;  // [samples]; empty: 0
     std::vector<float> mean, std;      // by band, or [samples][channels]; empty: 0 and 1
@@ -48,38 +51,49 @@ struct Request {
     }
 };
 
+// What an attempt at a sample may wait for. One that needs more asks the kernel for it and returns
+// not_cached: by the next attempt the bytes are there.
+enum class Wait { for_nothing, for_headers, for_pixels };
+
+// One sample of a batch, and how far it has come.
+struct Job {
+    std::size_t index = 0;
+    Wait wait = Wait::for_nothing;
+    std::size_t path = 0;  // in Request::paths: the file being read, at fault should this fail
+    std::uint64_t bytes_read = 0;
+};
+
 // A request under way and, once done, its outcome.
 struct Batch {
     explicit Batch(Request what);
     const Request request;
     std::vector<std::int64_t>
-        replaced;                     // of each sample: samples of the files that became the mean
-    std::vector<std::string> errors;  // of each sample; empty: it is filled
+        replaced;  // of each sample: samples of the files that became the mean
+    struct Error {
+        std::string message;  // empty: the sample is filled
+        std::size_t path;     // in request.paths: the file at fault
+    };
+    std::vector<Error> errors;  // of each sample
     std::uint64_t bytes_read = 0;
 
   private:
     friend class Pool;
-    struct Again {
-        std::size_t index;
-        int attempt;
-    };
     // All guarded by the pool's mutex.
     std::size_t next_ = 0, running_ = 0, done_ = 0, first_failed_ = SIZE_MAX;
-    std::deque<Again> again_;  // samples whose bytes are on their way from the disk
+    std::vector<Job>
+        again_;  // samples whose bytes are on their way from the disk; has room for all
     bool cancelled_ = false;
 };
 
 // One thread's files and buffers.
 class Worker {
   public:
-    // Fills one sample. The first attempt (0) does not wait for the disk, the second (1) only for
-    // headers: not_cached then means that the kernel was asked, and `attempt` says which is next.
-    Status fill(Batch& batch, std::size_t index, int& attempt, std::uint64_t& bytes_read);
+    // Fills one sample, or fails. not_cached: call again later, with the job as it is left.
+    Status fill(Batch& batch, Job& job);
 
   private:
-    Status image(const Request& request, std::size_t index, std::size_t first_channel,
-                 std::size_t channels, int& attempt, std::int64_t& replaced,
-                 std::uint64_t& bytes_read);
+    Status image(const Request& request, Job& job, std::size_t first_channel, std::size_t channels,
+                 std::int64_t& replaced);
     Status pixels(const Request& request, std::size_t index, std::size_t first,
                   std::size_t channels, std::int64_t& replaced);
 
@@ -109,8 +123,8 @@ class Pool {
     void cancel(Batch& batch);
 
   private:
-    bool claim(Batch& batch, std::size_t& index, int& attempt);
-    void run(Worker& worker, Batch& batch, std::size_t index, int attempt,
+    static bool claim(Batch& batch, Job& job);
+    void run(std::unique_ptr<Worker>& worker, Batch& batch, Job job,
              std::unique_lock<std::mutex>& lock);
     void serve();
     static bool finished(const Batch& batch);

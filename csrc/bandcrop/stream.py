@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,38 +32,43 @@ def stream(
     device: torch.device | str = "cpu",
     threads: int = 0,
     ahead: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Read `requests` in order, `ahead` of them under way while the caller works on one.
 
     requests  dicts of Reader.submit's arguments by name, all but `out` ("paths" and "bands" at
               least); "extra", if there is one, is not read: it is the caller's own
     shape     N, C, H, W of the largest batch; a request with fewer paths gets a smaller one
-    device    on CUDA the buffers are pinned, and copied beside the caller's kernels
+    device    the CPU, or a CUDA device: then the buffers are pinned, and copied beside the
+              caller's kernels, whose stream (the current one) waits for its batch
 
-    Raises what Reader.submit and Ticket.wait do. Closed early, it waits for what is being read.
+    Raises what Reader.submit and Ticket.wait do, when the caller comes to that batch. Closed early,
+    by close() or an exception, it waits for the samples that are being read and reads no more.
     """
     import torch
 
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}: use cpu or cuda")
     cuda = device.type == "cuda"
     reader = Reader(threads)
+    # One buffer more than is read ahead: the one that the caller has, or that is being copied.
     ring = [torch.empty(shape, pin_memory=cuda) for _ in range(ahead + 1)]
     copied: list[Any] = [None] * len(ring)  # events: the copy out of this buffer is done
     copies = torch.cuda.Stream(device) if cuda else None
     under_way: deque[tuple[int, dict[str, Any], Any, Any]] = deque()
 
     def oldest() -> Batch:
-        slot, request, x, ticket = under_way.popleft()
         began = time.perf_counter()
-        report = ticket.wait()
+        report = under_way[0][-1].wait()  # no name here: a traceback would keep the ticket reading
         waited = time.perf_counter() - began
+        slot, request, x, _ = under_way.popleft()
         if copies is not None:
             with torch.cuda.stream(copies):
-                x = x.to(device, non_blocking=True)
+                x = x.to(copies.device, non_blocking=True)
                 copied[slot] = copies.record_event()
-            compute = torch.cuda.current_stream(device)
+            compute = torch.cuda.current_stream(copies.device)
             compute.wait_event(copied[slot])
-            x.record_stream(compute)  # its memory, the copy stream's, is in use there
+            x.record_stream(compute)  # else freed memory goes to the next copy while kernels read
         return Batch(x, request, report, waited)
 
     try:
