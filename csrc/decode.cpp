@@ -25,9 +25,6 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bandcrop runs on littl
 // Read at a time: whole tiles, as the kernel copies best in one piece, but never a whole scene.
 constexpr std::size_t piece_bytes = std::size_t{4} << 20;
 constexpr std::size_t largest_chunk = std::size_t{1} << 30;  // decompressed; more is refused
-// What a region may ask for, in bytes: so much always, and so many times the file's length.
-constexpr double always_allowed = 256 << 20, allowed_expansion = 256;
-
 // The most bytes that one byte of compressed data can become.
 std::uint64_t expansion(Compression how) {
     switch (how) {
@@ -40,13 +37,16 @@ std::uint64_t expansion(Compression how) {
     return 1;
 }
 
+// The most bytes of pixels that are made of a file in one go. Half a second's work of the smallest
+// file, and what DEFLATE can pack into a larger one.
 double allowed(std::uint64_t file_bytes) {
-    return std::max(always_allowed, allowed_expansion * static_cast<double>(file_bytes));
+    constexpr double small_file = 1 << 20;
+    return (64 << 20) + 1032 * std::max(0.0, static_cast<double>(file_bytes) - small_file);
 }
 
 Status too_much(std::uint64_t file_bytes) {
     return Status::failure("claims more pixels than a file of " + std::to_string(file_bytes) +
-                           " bytes can hold");
+                           " bytes should hold: read smaller windows of it");
 }
 
 Status too_short(const char* codec, std::size_t got, std::size_t needed) {

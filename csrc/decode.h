@@ -5,9 +5,10 @@
 //   compressed ones the rows from their top to the last one needed, however large they are.
 //   Neighbouring byte ranges are read in one call.
 // - Bounds time and memory before they are spent: uncompressed bytes by the file's length, the
-//   decompressed rows that a region needs by 256 MiB or 256 times that length, and those of one
-//   strip or tile by what its codec can make of its bytes. Strips that overlap to claim more than
-//   the file holds are refused. The time to plan is linear in the number of strips and tiles.
+//   pixels of a region and the decompressed rows that it needs by 64 MiB, and more for files above
+//   1 MiB, those of one strip or tile by what its codec can make of its bytes. Strips that overlap
+//   to claim more than the file holds are refused. The time to plan is linear in the number of
+//   strips and tiles.
 // - Never reads or writes outside a buffer, whatever the bytes are; a strip that decodes to fewer
 //   bytes than declared is an error, never stale pixels; an unknown length of a strip is worked out
 //   from its rows or an error, never zeros.

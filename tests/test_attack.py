@@ -120,7 +120,7 @@ def builds(request, tmp_path_factory):
     compile_ = [CXX, "-std=c++17", "-O1", "-g", "-Wno-psabi", "-Icsrc", "-pthread"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     commands = {
-        "extension": [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "extension"]
+        "extension": [sys.executable, "setup.py", "build", "--build-lib", folder / "extension"]
         + ["--build-temp", folder / "objects"],
         "loop": [*compile_, *sanitize, "-DSEEDED_LOOP", *macros, "tests/fuzz_reader.cpp", *CORE]
         + ["-o", folder / "loop", *libraries],

@@ -36,7 +36,7 @@ def bare_build(request, tmp_path_factory):
     for header in "libdeflate.h", "zlib.h", "zstd.h":
         (hidden / header).write_text("#error not here\n")
     process = subprocess.Popen(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", folder]
+        [sys.executable, "setup.py", "build", "--build-lib", folder]
         + ["--build-temp", folder / "objects"],
         cwd=ROOT,
         env={**os.environ, "CPATH": str(hidden)},
