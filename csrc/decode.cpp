@@ -354,7 +354,8 @@ std::vector<Compression> Codec::available() {
 }
 
 Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t from_bytes,
-                         std::uint8_t* to, std::size_t needed) {
+                         std::uint8_t* to, std::size_t needed,
+                         [[maybe_unused]] std::uint64_t declared) {
     [[maybe_unused]] const std::size_t room = needed + slack;
     switch (how) {
         case Compression::none: break;
@@ -402,9 +403,14 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
             if (!state_->zstd) state_->zstd.reset(ZSTD_createDCtx());
             if (!state_->zstd) throw std::bad_alloc();
             ZSTD_DCtx* const context = state_->zstd.get();
-            std::size_t made = ZSTD_decompressDCtx(context, to, room, from, from_bytes);
-            if (ZSTD_getErrorCode(made) == ZSTD_error_dstSize_tooSmall) {
-                // There is more. A stream can be left, by way of a buffer of its own.
+            std::size_t made = 0;
+            bool more = declared > room;
+            if (!more) {
+                made = ZSTD_decompressDCtx(context, to, room, from, from_bytes);
+                more = ZSTD_getErrorCode(made) == ZSTD_error_dstSize_tooSmall;
+            }
+            if (more) {
+                // A stream can be left before its end, at the cost of a buffer of its own.
                 ZSTD_inBuffer in{from, from_bytes, 0};
                 ZSTD_outBuffer out{to, needed, 0};
                 made = ZSTD_initDStream(context);
@@ -615,9 +621,9 @@ Status Region::decompress(std::size_t plane, std::uint64_t down) {
     for (std::uint64_t i = 0; i < across_; ++i) {
         const Chunk& chunk = chunks_[(plane * down_ + down - first_down_) * across_ + i];
         if (chunk.length == 0) continue;
-        if (Status status = codec_.decompress(layout_.compression, raw_.data() + chunk.at,
-                                              static_cast<std::size_t>(chunk.length),
-                                              pixels_.data() + chunk.pixels_at, chunk.needed);
+        if (Status status = codec_.decompress(
+                layout_.compression, raw_.data() + chunk.at, static_cast<std::size_t>(chunk.length),
+                pixels_.data() + chunk.pixels_at, chunk.needed, layout_.chunk_bytes());
             !status.ok())
             return Status::failure(std::string(layout_.tiled ? "tile" : "strip") + " at byte " +
                                    std::to_string(chunk.offset) + ": " + status.message);

@@ -46,10 +46,11 @@ class Codec {
     Codec();
     Codec(Codec&&) noexcept;
     ~Codec();
-    // Fills `to` with the first `needed` bytes of what `from` becomes; fewer are a failure, more do
-    // not matter. `to` has room for `slack` more, which may be written too.
+    // Fills `to` with the first `needed` bytes of what `from` becomes, `declared` ones if the file
+    // is right. Fewer than `needed` are a failure, more do not matter. `to` has room for `slack`
+    // more, which may be written too.
     Status decompress(Compression how, const std::uint8_t* from, std::size_t from_bytes,
-                      std::uint8_t* to, std::size_t needed);
+                      std::uint8_t* to, std::size_t needed, std::uint64_t declared);
     static constexpr std::size_t slack = 65536;
     static std::vector<Compression> available();
 
