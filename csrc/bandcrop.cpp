@@ -65,14 +65,28 @@ std::string path_bytes(py::handle path) {
 }
 
 const char* type_name(const Layout& layout) {
-    const bool wide = layout.sample_bytes == 8;
+    constexpr const char* names[3][4] = {{"uint8", "uint16", "uint32", "uint64"},
+                                         {"int8", "int16", "int32", "int64"},
+                                         {nullptr, nullptr, "float32", "float64"}};
+    const unsigned bytes = layout.sample_bytes;
+    const unsigned size = bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : 3;
+    return names[static_cast<unsigned>(layout.kind)][size];
+}
+
+// As samples of the file compare with it: an int or a float.
+py::object nodata(const Layout& layout) {
+    if (!layout.nodata) return py::none();
+    const std::uint64_t bits = *layout.nodata;
+    const auto floating = [&](auto value) {
+        std::memcpy(&value, &bits, sizeof value);
+        return py::float_(value);
+    };
     switch (layout.kind) {
-        case Kind::floating: return wide ? "float64" : "float32";
-        case Kind::signed_integer:
-            return layout.sample_bytes == 1 ? "int8" : layout.sample_bytes == 2 ? "int16" : "int32";
+        case Kind::floating: return layout.sample_bytes == 4 ? floating(0.0f) : floating(0.0);
+        case Kind::signed_integer: return py::int_(static_cast<std::int64_t>(bits));
         case Kind::unsigned_integer: break;
     }
-    return layout.sample_bytes == 1 ? "uint8" : layout.sample_bytes == 2 ? "uint16" : "uint32";
+    return py::int_(bits);
 }
 
 struct TileInfo {
@@ -510,8 +524,9 @@ PYBIND11_MODULE(core, m) {
         .def_property_readonly(
             "byte_order", [](const TileInfo& t) { return t.layout.big_endian ? "big" : "little"; })
         .def_property_readonly(
-            "nodata", [](const TileInfo& t) { return t.layout.nodata; },
-            "GDAL's nodata value, or None")
+            "nodata", [](const TileInfo& t) { return nodata(t.layout); },
+            "the sample that GDAL takes for nodata, an int or a float as the samples are; None: the "
+            "file names none that its type can hold")
         .def_property_readonly(
             "epsg", [](const TileInfo& t) { return t.layout.epsg; },
             "EPSG code of the coordinate system, or None")

@@ -14,6 +14,7 @@
 #endif
 #if defined(BANDCROP_ZSTD)
 #include <zstd.h>
+#include <zstd_errors.h>
 #endif
 
 namespace bandcrop {
@@ -24,7 +25,6 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bandcrop runs on littl
 // Read at a time: whole tiles, as the kernel copies best in one piece, but never a whole scene.
 constexpr std::size_t piece_bytes = std::size_t{4} << 20;
 constexpr std::size_t largest_chunk = std::size_t{1} << 30;  // decompressed; more is refused
-
 // The most bytes that one byte of compressed data can become.
 std::uint64_t expansion(Compression how) {
     switch (how) {
@@ -35,6 +35,18 @@ std::uint64_t expansion(Compression how) {
         case Compression::none: break;
     }
     return 1;
+}
+
+// The most bytes of pixels that are made of a file in one go. Half a second's work of the smallest
+// file, and what DEFLATE can pack into a larger one.
+double allowed(std::uint64_t file_bytes) {
+    constexpr double small_file = 1 << 20;
+    return (64 << 20) + 1032 * std::max(0.0, static_cast<double>(file_bytes) - small_file);
+}
+
+Status too_much(std::uint64_t file_bytes) {
+    return Status::failure("claims more pixels than a file of " + std::to_string(file_bytes) +
+                           " bytes should hold: read smaller windows of it");
 }
 
 Status too_short(const char* codec, std::size_t got, std::size_t needed) {
@@ -141,11 +153,6 @@ T load(const std::uint8_t* from) {
     return value;
 }
 
-struct Nodata {
-    bool given = false;
-    double value = 0;
-};
-
 // The loop that all pixels pass through. What is the same for all of a row is an argument or known
 // to the compiler, so that it vectorises. `scale` divides or multiplies.
 template <class T, bool divides, bool checks>
@@ -175,25 +182,18 @@ struct Run {
     std::size_t stride, n, row_step, rows;
 };
 
+// The bits of a nodata sample, as Layout has them.
+using Nodata = std::optional<std::uint64_t>;
+
 // A run of samples of type T to floats, rows `step` floats apart. Returns how many were replaced.
 template <class T>
 [[gnu::always_inline]] inline std::int64_t convert(const Run& run, const Normalise& how,
-                                                   Nodata nodata, float* to, std::ptrdiff_t step) {
+                                                   const Nodata& nodata, float* to,
+                                                   std::ptrdiff_t step) {
     constexpr bool floating = std::is_floating_point_v<T>;
-    // A nodata value that the type cannot hold stands for no sample.
     T none{};
-    bool given = nodata.given;
-    if constexpr (floating) {
-        // NaN equals no sample, and samples beyond the type's range are replaced anyway.
-        const bool holds = given && std::fabs(nodata.value) <= std::numeric_limits<T>::max();
-        none = holds ? static_cast<T>(nodata.value) : std::numeric_limits<T>::quiet_NaN();
-        given = true;
-    } else {
-        given = given && nodata.value >= static_cast<double>(std::numeric_limits<T>::min()) &&
-                nodata.value <= static_cast<double>(std::numeric_limits<T>::max()) &&
-                nodata.value == std::floor(nodata.value);
-        if (given) none = static_cast<T>(nodata.value);
-    }
+    if constexpr (floating) none = std::numeric_limits<T>::quiet_NaN();  // equals no sample
+    if (nodata) std::memcpy(&none, &*nodata, sizeof none);
     std::int64_t bad = 0;
     const auto rows = [&](auto stride, auto divides, auto checks) __attribute__((always_inline)) {
         const float scale = divides ? how.std : 1 / how.std;
@@ -211,7 +211,7 @@ template <class T>
             rows(run.stride, divides, checks);
     };
     const auto checks = [&](auto divides) __attribute__((always_inline)) {
-        if (floating || given)
+        if (floating || nodata)
             strides(divides, std::true_type{});
         else
             strides(divides, std::bool_constant<floating>{});
@@ -224,7 +224,7 @@ template <class T>
 }
 
 template <class T>
-std::int64_t convert_portable(const Run& run, const Normalise& how, Nodata nodata, float* to,
+std::int64_t convert_portable(const Run& run, const Normalise& how, const Nodata& nodata, float* to,
                               std::ptrdiff_t step) {
     return convert<T>(run, how, nodata, to, step);
 }
@@ -232,13 +232,14 @@ std::int64_t convert_portable(const Run& run, const Normalise& how, Nodata nodat
 #if defined(__x86_64__)
 template <class T>
 [[gnu::target("avx2,fma")]] std::int64_t convert_wide(const Run& run, const Normalise& how,
-                                                      Nodata nodata, float* to,
+                                                      const Nodata& nodata, float* to,
                                                       std::ptrdiff_t step) {
     return convert<T>(run, how, nodata, to, step);
 }
 #endif
 
-using Convert = std::int64_t (*)(const Run&, const Normalise&, Nodata, float*, std::ptrdiff_t);
+using Convert = std::int64_t (*)(const Run&, const Normalise&, const Nodata&, float*,
+                                 std::ptrdiff_t);
 
 template <class T>
 Convert converter() {
@@ -255,33 +256,14 @@ Convert converter(const Layout& layout) {
         case Kind::signed_integer:
             return bytes == 1   ? converter<std::int8_t>()
                    : bytes == 2 ? converter<std::int16_t>()
-                                : converter<std::int32_t>();
+                   : bytes == 4 ? converter<std::int32_t>()
+                                : converter<std::int64_t>();
         case Kind::unsigned_integer: break;
     }
     return bytes == 1   ? converter<std::uint8_t>()
            : bytes == 2 ? converter<std::uint16_t>()
-                        : converter<std::uint32_t>();
-}
-
-// The bits of a sample never written: nodata where the type can hold it, else 0.
-std::uint64_t absent_sample(const Layout& layout) {
-    const double value = layout.nodata.value_or(0);
-    const unsigned bytes = layout.sample_bytes;
-    std::uint64_t bits = 0;
-    if (layout.kind == Kind::floating && bytes == 8) {
-        std::memcpy(&bits, &value, 8);
-    } else if (layout.kind == Kind::floating) {
-        const auto narrow =
-            std::fabs(value) <= FLT_MAX || !std::isfinite(value) ? static_cast<float>(value) : 0.0f;
-        std::memcpy(&bits, &narrow, 4);
-    } else {
-        const double span = std::ldexp(1.0, static_cast<int>(8 * bytes));
-        const bool is_signed = layout.kind == Kind::signed_integer;
-        const double least = is_signed ? -span / 2 : 0, most = (is_signed ? span / 2 : span) - 1;
-        if (value >= least && value <= most)
-            bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
-    }
-    return bits;
+           : bytes == 4 ? converter<std::uint32_t>()
+                        : converter<std::uint64_t>();
 }
 
 // Calls `run` with an unsigned integer of that many bytes.
@@ -372,7 +354,9 @@ std::vector<Compression> Codec::available() {
 }
 
 Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t from_bytes,
-                         std::uint8_t* to, std::size_t needed, std::size_t room) {
+                         std::uint8_t* to, std::size_t needed,
+                         [[maybe_unused]] std::uint64_t declared) {
+    [[maybe_unused]] const std::size_t room = needed + slack;
     switch (how) {
         case Compression::none: break;
         case Compression::packbits: return unpack_packbits(from, from_bytes, to, needed);
@@ -384,13 +368,12 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
             std::size_t made = 0;
             const libdeflate_result result = libdeflate_zlib_decompress(
                 state_->deflate.get(), from, from_bytes, to, room, &made);
-            if (result == LIBDEFLATE_INSUFFICIENT_SPACE)
-                return Status::failure("DEFLATE data hold more than the " + std::to_string(room) +
-                                       " bytes declared");
+            // There is more, of no interest. What did not fit is at most a stored block, shorter
+            // than the slack: the bytes needed are there (libtiff relies on it too).
+            if (result == LIBDEFLATE_INSUFFICIENT_SPACE) return {};
             if (result != LIBDEFLATE_SUCCESS) return Status::failure("DEFLATE data are damaged");
             return made < needed ? too_short("DEFLATE", made, needed) : Status{};
 #elif defined(BANDCROP_ZLIB)
-            (void)room;
             z_stream stream{};
             if (inflateInit(&stream) != Z_OK) throw std::bad_alloc();
             stream.next_in = const_cast<std::uint8_t*>(from);
@@ -419,8 +402,22 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
 #if defined(BANDCROP_ZSTD)
             if (!state_->zstd) state_->zstd.reset(ZSTD_createDCtx());
             if (!state_->zstd) throw std::bad_alloc();
-            const std::size_t made =
-                ZSTD_decompressDCtx(state_->zstd.get(), to, room, from, from_bytes);
+            ZSTD_DCtx* const context = state_->zstd.get();
+            std::size_t made = 0;
+            bool more = declared > room;
+            if (!more) {
+                made = ZSTD_decompressDCtx(context, to, room, from, from_bytes);
+                more = ZSTD_getErrorCode(made) == ZSTD_error_dstSize_tooSmall;
+            }
+            if (more) {
+                // A stream can be left before its end, at the cost of a buffer of its own.
+                ZSTD_inBuffer in{from, from_bytes, 0};
+                ZSTD_outBuffer out{to, needed, 0};
+                made = ZSTD_initDStream(context);
+                while (!ZSTD_isError(made) && out.pos < needed && in.pos < from_bytes)
+                    made = ZSTD_decompressStream(context, &out, &in);
+                if (!ZSTD_isError(made)) made = out.pos;
+            }
             if (ZSTD_isError(made))
                 return Status::failure(std::string("ZSTD data are damaged: ") +
                                        ZSTD_getErrorName(made));
@@ -432,7 +429,6 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
 #endif
         }
     }
-    (void)room;
     return Status::failure("is not compressed");
 }
 
@@ -443,12 +439,16 @@ Status Region::place(const Source& source, std::uint64_t down, std::uint64_t off
     const std::uint64_t skip = std::max<std::uint64_t>(area_.top, chunk_top) - chunk_top;
     const std::uint64_t rows =
         std::min<std::uint64_t>(area_.bottom - chunk_top, layout_.chunk_height);
-    if (length == 0) return {};  // never written
     const auto bad = [&](const TagArray& array, const std::string& what) {
         return Status::failure("tag " + std::to_string(array.tag) +
-                               (array.tag < 300 ? " (strip" : " (tile") + " at byte " +
+                               (layout_.tiled ? " (tile" : " (strip") + " at byte " +
                                std::to_string(offset) + ") " + what);
     };
+    if (length == 0) {
+        if (offset == 0 && layout_.counts.count != 0) return {};  // never written
+        if (!layout_.rows_tell_bytes()) return bad(layout_.counts, "says that it has 0 bytes");
+        length = rows * row_bytes;
+    }
     if (offset < 8) return bad(layout_.offsets, "overlaps the file's header");
     if (offset > source.size() || length > source.size() - offset) {
         // An uncompressed last strip may claim rows past the image; only what is needed must be
@@ -469,14 +469,12 @@ Status Region::place(const Source& source, std::uint64_t down, std::uint64_t off
     }
     chunk.offset = offset;
     chunk.length = length;
-    // Some writers fill the last strip up to its full height: room for that, within reason.
     const std::uint64_t most =
         std::min<std::uint64_t>(largest_chunk, length * expansion(layout_.compression) + 64);
     if (rows * row_bytes > most)
         return bad(layout_.counts, "declares " + std::to_string(rows * row_bytes) + " bytes from " +
                                        std::to_string(length) + " compressed ones");
     chunk.needed = static_cast<std::size_t>(rows * row_bytes);
-    chunk.room = static_cast<std::size_t>(std::min(most, layout_.chunk_bytes()));
     return {};
 }
 
@@ -488,7 +486,7 @@ Status Region::plan_chunks(Source& source, Header& header) {
     chunks_.clear();
     ranges_.clear();
     flat_ = across_ == 1 && layout_.compression == Compression::none;
-    std::uint64_t raw_bytes = 0, pixels_bytes = 0;
+    std::uint64_t raw_bytes = 0, pixels_bytes = 0, decoded = 0;
     // Entries of neighbouring chunks are fetched together: of strips all, of tiles a row of them.
     const bool whole_rows = across_ == layout_.chunks_across;
     const std::uint64_t runs = whole_rows ? 1 : down_, run = across_ * (whole_rows ? down_ : 1);
@@ -506,10 +504,12 @@ Status Region::plan_chunks(Source& source, Header& header) {
                     entries(source, header, layout_, layout_.offsets, first, run, offsets);
                 !status.ok())
                 return status;
-            if (Status status =
-                    entries(source, header, layout_, layout_.counts, first, run, lengths);
-                !status.ok())
-                return status;
+            std::fill_n(lengths, run, 0);
+            if (layout_.counts.count != 0)
+                if (Status status =
+                        entries(source, header, layout_, layout_.counts, first, run, lengths);
+                    !status.ok())
+                    return status;
             std::uint64_t row_pixels = 0, down = first_down_ + r, across = 0;
             for (std::uint64_t i = 0; i < run; ++i, ++across) {
                 if (across == across_) {  // the next row of chunks
@@ -527,7 +527,10 @@ Status Region::plan_chunks(Source& source, Header& header) {
                                            ": its strips or tiles overlap, together they hold more "
                                            "than the file");
                 chunk.pixels_at = static_cast<std::size_t>(pixels_bytes + row_pixels);
-                row_pixels += chunk.room;
+                row_pixels += chunk.needed;
+                decoded += chunk.needed;
+                if (static_cast<double>(decoded) > allowed(source.size()))
+                    return too_much(source.size());
                 most_pixels = std::max(most_pixels, row_pixels);
                 if (r + i > 0) flat_ = flat_ && chunk.offset == end;
                 end = chunk.offset + chunk.length;
@@ -542,7 +545,7 @@ Status Region::plan_chunks(Source& source, Header& header) {
                     ranges_.push_back({chunk.offset, chunk.length});
             }
         }
-        pixels_bytes += most_pixels;
+        pixels_bytes += most_pixels + Codec::slack;
     }
     if (flat_) {
         const std::uint64_t row_bytes = layout_.row_bytes();
@@ -559,22 +562,26 @@ Status Region::plan(Source& source, Header& header, const Layout& layout, const 
                     const std::int64_t* bands, std::size_t count) {
     layout_ = layout;
     area_ = area;
-    // Strips never written cost the file nothing: no more of them than ZSTD could make of it.
-    const double claimed = double(area.bottom - area.top) * (area.right - area.left) *
-                           static_cast<double>(count) * layout.sample_bytes;
-    const double most = static_cast<double>(source.size()) * 32768;
-    if (claimed > std::max(most, double{64 << 20}))
-        return Status::failure("claims more pixels than a file of " +
-                               std::to_string(source.size()) + " bytes can hold");
+    // Strips never written cost the file nothing, and a row of each strip or tile takes its time.
+    const double rows = area.bottom - area.top;
+    const double row_bytes = double(area.right - area.left) * layout.sample_bytes;
+    const double across =
+        (area.right - 1) / layout.chunk_width - area.left / layout.chunk_width + 1;
+    if (static_cast<double>(count) * rows * (row_bytes + 32 * across) > allowed(source.size()))
+        return too_much(source.size());
     planes_.clear();
     place_.clear();
     loaded_.clear();
+    slot_of_plane_.assign(layout.separate ? layout.bands : 1, SIZE_MAX);
     for (std::size_t i = 0; i < count; ++i) {
         const std::int64_t plane = layout.separate ? bands[i] : 0;
-        const auto known = std::find(loaded_.begin(), loaded_.end(), plane);
-        planes_.push_back(static_cast<std::size_t>(known - loaded_.begin()));
+        std::size_t& at = slot_of_plane_[static_cast<std::size_t>(plane)];
+        if (at == SIZE_MAX) {
+            at = loaded_.size();
+            loaded_.push_back(plane);
+        }
+        planes_.push_back(at);
         place_.push_back(layout.separate ? 0 : static_cast<std::uint32_t>(bands[i]));
-        if (known == loaded_.end()) loaded_.push_back(plane);
     }
     held_.assign(loaded_.size(), UINT64_MAX);
     return plan_chunks(source, header);
@@ -616,7 +623,7 @@ Status Region::decompress(std::size_t plane, std::uint64_t down) {
         if (chunk.length == 0) continue;
         if (Status status = codec_.decompress(
                 layout_.compression, raw_.data() + chunk.at, static_cast<std::size_t>(chunk.length),
-                pixels_.data() + chunk.pixels_at, chunk.needed, chunk.room);
+                pixels_.data() + chunk.pixels_at, chunk.needed, layout_.chunk_bytes());
             !status.ok())
             return Status::failure(std::string(layout_.tiled ? "tile" : "strip") + " at byte " +
                                    std::to_string(chunk.offset) + ": " + status.message);
@@ -738,7 +745,7 @@ Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, T
 Status Region::floats(std::size_t slot, std::uint32_t y, std::uint32_t rows, const Normalise& how,
                       float* to, std::ptrdiff_t step, std::int64_t& replaced) {
     const Convert convert = converter(layout_);
-    const Nodata nodata{layout_.nodata.has_value(), layout_.nodata.value_or(0)};
+    const Nodata& nodata = layout_.nodata;
     return each_run(slot, y, rows, [&](const Run& run, std::size_t column, std::uint32_t row) {
         float* const at = to + row * step + static_cast<std::ptrdiff_t>(column);
         if (run.from != nullptr) {
@@ -747,15 +754,15 @@ Status Region::floats(std::size_t slot, std::uint32_t y, std::uint32_t rows, con
         }
         // A chunk never written is nodata or, without such a value, 0.
         for (std::uint32_t r = 0; r < rows; ++r)
-            std::fill_n(at + r * step, run.n, nodata.given ? 0.0f : (0.0f - how.mean) / how.std);
-        if (nodata.given) replaced += static_cast<std::int64_t>(run.n * rows);
+            std::fill_n(at + r * step, run.n, nodata ? 0.0f : (0.0f - how.mean) / how.std);
+        if (nodata) replaced += static_cast<std::int64_t>(run.n * rows);
     });
 }
 
 Status Region::samples(std::size_t slot, std::uint32_t y, std::uint32_t rows, std::uint8_t* to,
                        std::size_t step) {
     const std::size_t size = layout_.sample_bytes;
-    const std::uint64_t absent = absent_sample(layout_);
+    const std::uint64_t absent = layout_.nodata.value_or(0);  // a sample never written
     return each_run(slot, y, rows, [&](Run run, std::size_t column, std::uint32_t row) {
         if (run.from == nullptr) run.from = reinterpret_cast<const std::uint8_t*>(&absent);
         with_word(layout_.sample_bytes, [&](auto word) {

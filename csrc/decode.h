@@ -1,16 +1,19 @@
 // decode: bytes of strips and tiles -> samples of one band's rows.
 //
 // Promises
-// - Touches only the strips and tiles that a region needs; of uncompressed ones only the rows.
+// - Touches only the strips and tiles that a region needs; of uncompressed ones only the rows, of
+//   compressed ones the rows from their top to the last one needed, however large they are.
 //   Neighbouring byte ranges are read in one call.
-// - Bounds every allocation before it is made: uncompressed bytes by the file's length, a
-//   decompressed strip or tile by its declared size, which itself must be within what its codec can
-//   make of its bytes. Strips that overlap to claim more than the file holds are refused.
+// - Bounds time and memory before they are spent: uncompressed bytes by the file's length, the
+//   pixels of a region and the decompressed rows that it needs by 64 MiB, and more for files above
+//   1 MiB, those of one strip or tile by what its codec can make of its bytes. Strips that overlap
+//   to claim more than the file holds are refused. The time to plan is linear in the number of
+//   strips and tiles.
 // - Never reads or writes outside a buffer, whatever the bytes are; a strip that decodes to fewer
-//   bytes than declared is an error, never stale pixels.
+//   bytes than declared is an error, never stale pixels; an unknown length of a strip is worked out
+//   from its rows or an error, never zeros.
 // - Throws nothing but std::bad_alloc; no global state. A Region belongs to one thread and keeps
-// its
-//   memory from file to file.
+//   its memory from file to file.
 //
 // Does not: resample, know Python or threads.
 #pragma once
@@ -43,10 +46,12 @@ class Codec {
     Codec();
     Codec(Codec&&) noexcept;
     ~Codec();
-    // Fills `to` from `from`. Decoding stops at `needed` bytes or goes on to `room`, as suits the
-    // codec; fewer than `needed` is a failure.
+    // Fills `to` with the first `needed` bytes of what `from` becomes, `declared` ones if the file
+    // is right. Fewer than `needed` are a failure, more do not matter. `to` has room for `slack`
+    // more, which may be written too.
     Status decompress(Compression how, const std::uint8_t* from, std::size_t from_bytes,
-                      std::uint8_t* to, std::size_t needed, std::size_t room);
+                      std::uint8_t* to, std::size_t needed, std::uint64_t declared);
+    static constexpr std::size_t slack = 65536;
     static std::vector<Compression> available();
 
   private:
@@ -84,7 +89,7 @@ class Region {
     struct Chunk {                     // the part of a strip or tile that is needed
         std::uint64_t offset, length;  // in the file; both 0 for a chunk never written
         std::size_t at;                // of its first byte in raw_
-        std::size_t needed, room;      // decompressed bytes to the last row needed, to the end
+        std::size_t needed;            // decompressed bytes to the last row needed
         std::size_t pixels_at;         // of its first decompressed byte in pixels_
     };
     // A row's samples within one chunk.
@@ -105,9 +110,10 @@ class Region {
 
     Layout layout_;
     Rectangle area_{};
-    std::vector<std::size_t> planes_;   // of each slot, among the planes loaded
-    std::vector<std::uint32_t> place_;  // of each slot, within a pixel
-    std::vector<std::int64_t> loaded_;  // the plane in the file of each plane loaded
+    std::vector<std::size_t> planes_;         // of each slot, among the planes loaded
+    std::vector<std::uint32_t> place_;        // of each slot, within a pixel
+    std::vector<std::int64_t> loaded_;        // the plane in the file of each plane loaded
+    std::vector<std::size_t> slot_of_plane_;  // the other way round; SIZE_MAX: not loaded
     std::uint64_t first_across_ = 0, across_ = 0, first_down_ = 0, down_ = 0;
     std::vector<Chunk> chunks_;  // [plane][down][across]
     bool flat_ = false;          // each plane is one range of rows, read piece by piece

@@ -2,8 +2,9 @@
 //
 // Promises
 // - Trusts nothing in the file: every offset, count and product of sizes is checked against the
-//   file's length or for overflow before it is used. The next image's offset is never followed,
-//   so no loop in a file can be entered.
+//   file's length or for overflow before it is used. Later images are looked at only behind an
+//   image of one band, to count its pages, and only onwards in the file: no loop can be entered,
+//   and the time is linear in the file's length.
 // - Reads the first 4 KiB once; further reads only for what lies outside them.
 // - Allocates at most the bytes of one tag's array, which lie inside the file.
 // - Throws nothing but std::bad_alloc; failures are values that name the tag or byte offset.
@@ -113,8 +114,9 @@ struct Layout {
     bool tiled = false, big_tiff = false, big_endian = false;
     std::uint32_t chunk_height = 0, chunk_width = 0;  // of a strip or tile
     std::uint64_t chunks_across = 0, chunks_down = 0;
-    TagArray offsets, counts;
-    std::optional<double> nodata;
+    TagArray offsets;
+    TagArray counts;                      // may have no values where rows_tell_bytes()
+    std::optional<std::uint64_t> nodata;  // the bits of such a sample; signed ones sign-extended
     std::optional<int> epsg;
 
     unsigned pixel_samples() const {
@@ -124,6 +126,11 @@ struct Layout {
         return std::uint64_t{chunk_width} * pixel_samples() * sample_bytes;
     }
     std::uint64_t chunk_bytes() const { return row_bytes() * chunk_height; }  // checked by parse
+    // Whether a plane is one uncompressed strip or tile: writers of TIFF 4.0 and before left its
+    // byte count out or 0, and it is worked out, as libtiff does.
+    bool rows_tell_bytes() const {
+        return compression == Compression::none && chunks_across * chunks_down == 1;
+    }
 };
 
 // What has been read of a file's head; reused from file to file by its thread.

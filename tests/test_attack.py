@@ -20,12 +20,15 @@ from pathlib import Path
 import bandcrop
 import numpy as np
 import pytest
+import tifffile
 from test_bandcrop import REAL, fill_one, image, samples_by_tifffile, write
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = [f"csrc/{room}.cpp" for room in ("tiff", "decode", "resample")]
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(not CXX, reason="no C++ compiler (g++ or $CXX)")
+
+MUTATIONS = os.environ.get("MUTATIONS", "20000")  # of files, for the sanitizers to watch
 
 SIZES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # TIFF's field types
 
@@ -83,7 +86,7 @@ def write_seeds(folder):
     paths = []
     grid = product([None, "packbits", "lzw", "zlib", "zstd"], ["contig", "separate"], [0, 16])
     for n, (codec, planar, tile) in enumerate(grid):
-        dtype = ["u1", "u2", "i2", "f4", "f8", "u4", "i1", "i4"][n % 8]
+        dtype = ["u1", "u2", "i2", "f4", "f8", "u4", "i8", "i4"][n % 8]
         array = rng.normal(0, 30, (2, 19, 21)).cumsum(2).astype(dtype)
         options = {"tile": (tile, tile)} if tile else {"rowsperstrip": 5}
         if codec in ("lzw", "zlib", "zstd") and n % 3 != 0:
@@ -120,7 +123,7 @@ def builds(request, tmp_path_factory):
     compile_ = [CXX, "-std=c++17", "-O1", "-g", "-Wno-psabi", "-Icsrc", "-pthread"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     commands = {
-        "extension": [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "extension"]
+        "extension": [sys.executable, "setup.py", "build", "--build-lib", folder / "extension"]
         + ["--build-temp", folder / "objects"],
         "loop": [*compile_, *sanitize, "-DSEEDED_LOOP", *macros, "tests/fuzz_reader.cpp", *CORE]
         + ["-o", folder / "loop", *libraries],
@@ -288,15 +291,26 @@ def test_loops_of_directories_are_never_entered(tmp_path):
         (r"tag 277 .* is 0", {"t277": (3, [0])}),
         (r"tag 277 .* is 70000", {"t277": (4, [70000])}),
         (r"tag 278 .* is 0", {"t278": (4, [0])}),
-        (r"tag 279 .* is missing", {"t279": None}),
+        (r"tag 262 .* is 6, YCbCr", {"t262": (3, [6]), "t277": (3, [3])}),
+        (r"tag 262 .* is 6, YCbCr", {"t262": (3, [6]), "t277": (3, [3]), "t530": (3, [2, 1])}),
+        (r"tag 279 .* is missing", {"t279": None, "t278": (4, [8]), "t273": (4, [8, 136])}),
+        (r"tag 279 .* is missing", {"t279": None, "t259": (3, [5])}),
+        (r"tag 279 .* 0 bytes", {"t279": (4, [0]), "t259": (3, [5])}),
+        (r"tag 279 .* 0 bytes",
+         {"t279": (4, [128, 0]), "t278": (4, [8]), "t273": (4, [8, 136])}),
+        (r"tag 279 .* has 1 values",
+         {"t279": (4, [128]), "t278": (4, [8]), "t273": (4, [8, 136])}),
+        (r"tag 279 .* is missing", {"t279": None, "t273": (4, [0]), "t259": (3, [8])}),
         (r"tag 279 .* holds 255 bytes", {"t279": (4, [255])}),
         (r"tag 279 .* unsigned", {"t279": (4, [256]), "t256": (4, [16])}),
         (r"tag 284 .* is 3", {"t284": (3, [3])}),
         (r"tag 317 .* is 4", {"t317": (3, [4]), "t259": (3, [5])}),
         (r"tag 317 .* floating", {"t317": (3, [3]), "t259": (3, [5])}),
         (r"tag 339 .* is 5", {"t339": (3, [5])}),
+        (r"tag 32997 .* is 2", {"t32997": (4, [2])}),
         (r"tag 322 .* is 0", {"t324": (4, [8]), "t325": (4, [256])}),
-        (r"tag 325 .* is missing", {"t322": (4, [16]), "t323": (4, [16]), "t324": (4, [8])}),
+        (r"tag 325 .* is missing",
+         {"t322": (4, [8]), "t323": (4, [16]), "t324": (4, [8, 136])}),
     ],
 )  # fmt: skip
 def test_wrong_tags_are_named(tmp_path, words, changes):
@@ -306,6 +320,66 @@ def test_wrong_tags_are_named(tmp_path, words, changes):
         content = content.replace(struct.pack("<HH", 279, 4), struct.pack("<HH", 279, 9))
     path.write_bytes(content)
     refused(path, words)
+
+
+def test_tiles_under_the_strips_tags_are_read_as_tiles(tmp_path):
+    # As libtiff and tifffile do: 16 x 16 tiles of a 20 x 24 image.
+    array = np.arange(20 * 24, dtype=np.uint8).reshape(20, 24)
+    padded = np.zeros((32, 32), np.uint8)
+    padded[:20, :24] = array
+    tiles = padded.reshape(2, 16, 2, 16).swapaxes(1, 2).tobytes()
+    tags = plain(24, 20, t322=(3, [16]), t323=(3, [16]), t279=(4, [256] * 4))
+    tags[273] = (4, [8 + 256 * i for i in range(4)])
+    path = tmp_path / "tile.tif"
+    path.write_bytes(tiff(tags, tiles))
+    np.testing.assert_array_equal(samples_by_tifffile(path)[0], array)
+    np.testing.assert_array_equal(bandcrop.read(str(path))[0], array)
+    assert bandcrop.info(str(path)).tiled
+
+
+def test_a_byte_count_that_the_rows_tell_may_be_missing_or_zero(tmp_path):
+    path = tmp_path / "tile.tif"
+    for count in None, (4, [0]), (3, [0]):
+        path.write_bytes(tiff(plain(t279=count), PIXELS))
+        assert bandcrop.read(str(path)).tobytes() == PIXELS
+        path.write_bytes(tiff(plain(16, 17, t279=count), PIXELS)[:-10])
+        refused(path)
+    tile = {"t322": (3, [16]), "t323": (3, [16]), "t324": (4, [8]), "t325": (4, [0])}
+    path.write_bytes(tiff(plain(**tile), PIXELS))
+    assert bandcrop.read(str(path)).tobytes() == PIXELS
+
+
+def test_bands_saved_as_pages_are_refused_and_overviews_and_masks_are_not(tmp_path):
+    array = image((13, 24, 20), "u2")
+    path = tmp_path / "tile.tif"
+    small = array[:, ::2, ::2]
+    options = {"photometric": "minisblack", "metadata": None}
+    tifffile.imwrite(path, array, **options)
+    for call in (bandcrop.info, bandcrop.read, fill_one):
+        with pytest.raises(bandcrop.TileError, match="tif: 13 pages of one band: save as bands of"):
+            call(str(path))
+    with tifffile.TiffWriter(path) as file:
+        file.write(array[0], **options)
+        file.write(small[0], subfiletype=1, **options)  # an overview
+        file.write(array[1] > 0, subfiletype=4, **options)  # a mask
+    np.testing.assert_array_equal(bandcrop.read(str(path))[0], array[0])
+    with tifffile.TiffWriter(path) as file:  # one page of all bands, and another
+        for _ in range(2):
+            file.write(array, planarconfig="separate", **options)
+    np.testing.assert_array_equal(bandcrop.read(str(path)), array)
+
+
+def test_as_many_planes_as_there_can_be_are_read(tmp_path):
+    n = 65535
+    pixels = np.random.default_rng(0).integers(0, 256, 2 * n).astype(np.uint8)
+    tags = plain(2, 1, t277=(3, [n]), t284=(3, [2]), t279=(3, [2] * n))
+    tags[273] = (4, [8 + 2 * i for i in range(n)])
+    path = tmp_path / "planes.tif"
+    path.write_bytes(tiff(tags, pixels.tobytes()))
+    bands = [*range(n - 1, -1, -1), 7, 7]
+    np.testing.assert_array_equal(
+        bandcrop.read(str(path), bands)[:, 0], pixels.reshape(n, 2)[bands]
+    )
 
 
 def test_headers_that_point_anywhere_are_refused(tmp_path):
@@ -482,20 +556,43 @@ def huge_claims():
 
 
 def bombs():
-    """Compressed strips that hold far more than the 256 bytes that they declare."""
+    """Compressed strips and tiles that hold far more than an image needs: (name, content)."""
     import imagecodecs
 
     zeros = bytes(2**26)
-    packed = [(8, zlib.compress(zeros, 9)), (50000, imagecodecs.zstd_encode(zeros))]
-    for number, data in packed:
-        if {8: "deflate", 50000: "zstd"}[number] in bandcrop.codecs():
+    packed = {
+        5: imagecodecs.lzw_encode(zeros), 8: zlib.compress(zeros, 9),
+        50000: imagecodecs.zstd_encode(zeros),
+    }  # fmt: skip
+    for number, data in packed.items():
+        if {5: "lzw", 8: "deflate", 50000: "zstd"}[number] in bandcrop.codecs():
             tags = plain(t259=(3, [number]), t279=(4, [len(data)]))
             yield f"bomb {number}", tiff(tags, data)
+            tile = {"t322": (4, [16]), "t323": (4, [2**22]), "t324": (4, [8, 8 + len(data)])}
+            tags = plain(32, 160, t259=(3, [number]), **tile, t325=(4, [len(data)] * 2))
+            yield f"tall tiles {number}", tiff(tags, data * 2)
 
 
-def test_huge_claims_and_bombs_take_neither_memory_nor_time(tmp_path):
+def test_strips_and_tiles_that_hold_more_than_is_needed_cost_only_that(tmp_path):
     paths = []
-    for name, content in [*huge_claims(), *bombs()]:
+    for name, content in bombs():
+        paths.append(tmp_path / f"{name}.tif")
+        paths[-1].write_bytes(content)
+    code = """
+        reader = bandcrop.Reader(1)
+        out = np.ones((1, 1, 224, 224), np.float32)
+        before = status("VmHWM")
+        for path in sys.argv[1:]:
+            reader.fill(out, [path], [[0]])
+            assert not out.any() and not bandcrop.read(path).any()
+        print(status("VmHWM") - before)
+    """
+    assert int(run_limited(code, *paths)) < 16 * 1024
+
+
+def test_huge_claims_take_neither_memory_nor_time(tmp_path):
+    paths = []
+    for name, content in huge_claims():
         paths.append(tmp_path / f"{name}.tif")
         paths[-1].write_bytes(content)
     code = """
@@ -529,14 +626,14 @@ def test_a_small_window_of_a_vast_sparse_image_is_read(tmp_path):
 
 
 def test_a_window_too_long_to_resample_is_refused(tmp_path):
-    # 64 MiB of rows never written are not too much to read, but what a resampler keeps of them is.
+    # 32 MiB of rows never written are not too much to read, but what a resampler keeps of them is.
     path = tmp_path / "column.tif"
-    for tags in plain(1, 2**26), plain(2**26, 1):
+    for tags in plain(1, 2**25), plain(2**25, 1):
         tags.update({273: (4, [0]), 279: (4, [0])})
         path.write_bytes(tiff(tags, PIXELS))
         with pytest.raises(bandcrop.TileError, match="at most 65536 a side"):
             fill_one(path, 0, (224, 224))
-    assert bandcrop.read(str(path)).size == 2**26
+    assert bandcrop.read(str(path)).size == 2**25
 
 
 def test_when_memory_runs_out_the_reader_says_so_and_goes_on(tmp_path):
@@ -650,7 +747,7 @@ def test_mutated_files_pass_the_sanitizers(tmp_path, builds):
         if (REAL / name).is_file():
             seeds.append(str(REAL / name))
     done = subprocess.run(
-        [builds("loop"), "2024", "120000", *seeds],
+        [builds("loop"), "2024", MUTATIONS, *seeds],
         env={
             **os.environ,
             "ASAN_OPTIONS": "max_allocation_size_mb=512",
@@ -660,7 +757,7 @@ def test_mutated_files_pass_the_sanitizers(tmp_path, builds):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == "120000 executions\n"
+    assert done.stdout == f"{MUTATIONS} executions\n"
 
 
 @needs_compiler

@@ -17,7 +17,7 @@ from PIL import Image
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="real data (../shared/data) not here")
-DTYPES = ["u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"]
+DTYPES = ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8"]
 
 
 def image(shape, dtype, seed=0):
@@ -146,6 +146,24 @@ def test_info_reads_nodata_and_epsg(tmp_path):
     assert plain.nodata is None and plain.epsg is None
 
 
+@pytest.mark.parametrize(
+    "keys, code",
+    [
+        ((1024, 0, 1, 1, 3072, 0, 1, 32767, 2048, 0, 1, 4326), None),  # projected, user-defined
+        ((1024, 0, 1, 1, 2048, 0, 1, 4326), None),  # projected, it does not say how
+        ((3072, 0, 1, 32767, 2048, 0, 1, 4326), None),
+        ((1024, 0, 1, 2, 2048, 0, 1, 4326), 4326),
+        ((2048, 0, 1, 4326), 4326),
+        ((1024, 0, 1, 1, 2048, 0, 1, 4258, 3072, 0, 1, 25832), 25832),
+    ],
+)
+def test_epsg_is_the_systems_own_not_its_bases(tmp_path, keys, code):
+    directory = (1, 1, 0, len(keys) // 4, *keys)
+    extra = [(34735, 3, len(directory), directory, True)]
+    path = write(tmp_path / "tile.tif", image((1, 8, 8), "u1"), extratags=extra)
+    assert bandcrop.info(path).epsg == code
+
+
 # --- fill: resampling, orientation, normalisation --------------------------------------------
 
 
@@ -243,23 +261,94 @@ def test_missing_samples_become_the_mean_before_resampling(tmp_path):
     assert not got[holes].any() and report.replaced[0] == holes.sum()
 
 
+LARGEST = float(np.finfo("f4").max)
+# The samples that GDAL 3.10 masks (rasterio 1.4's read_masks) under a text of the nodata tag.
+MASKED_BY_GDAL = {
+    "0": {"u1": 0, "i2": 0, "f4": 0, "u8": 0},
+    "-9999": {"u1": None, "i1": None, "u2": None, "u4": None, "i2": -9999, "i4": -9999,
+              "i8": -9999, "u8": 2**64 - 9999, "f4": -9999, "f8": -9999},
+    " \t-9999 ": {"u2": None, "i2": -9999, "i8": -9999, "f4": -9999},
+    "+5": {"u1": 5, "i8": 5, "f8": 5},
+    "5.7": {"u1": 5, "i2": 5, "i8": 5, "f4": float(np.float32(5.7)), "f8": 5.7},
+    "-5.5": {"u1": None, "i1": -5, "f4": -5.5},
+    "5,5": {"u2": 5, "f8": 5.5},
+    "1e2": {"u1": 100, "i4": 100, "f4": 100, "i8": 1},
+    "12abc": {"u1": 12, "f4": 12},
+    "abc": {"u1": 0, "f8": 0, "i8": 0},
+    " ": {"u1": 0, "f4": 0},
+    "": {"u1": None, "f4": None, "u8": None},
+    "256": {"u1": None, "i1": None, "u2": 256},
+    "4294967295": {"u4": 2**32 - 1, "i4": None},
+    "9007199254740993": {"i8": 2**53 + 1, "u8": 2**53 + 1},
+    "-9223372036854775808": {"i8": -(2**63)},
+    "18446744073709551615": {"u8": 2**64 - 1, "i8": 2**63 - 1},
+    "0.1": {"u1": 0, "f4": float(np.float32(0.1)), "f8": 0.1},
+    "1e300": {"f8": 1e300, "u4": None},
+    "1e-400": {"f8": 0},
+    "-3.4028234663852886e+38": {"f4": -LARGEST, "f8": -LARGEST},
+    "-3.40282346638529e+38": {"f4": -LARGEST},
+    "-3.4028235e+38": {"f4": -LARGEST, "f8": -3.4028235e38, "i4": None},
+    "-3.402823e+38": {"f4": -LARGEST},
+    "3.4028235E+38": {"f4": LARGEST},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MASKED_BY_GDAL)
+def test_nodata_is_the_sample_that_gdal_masks(tmp_path, text):
+    for dtype, masked in MASKED_BY_GDAL[text].items():
+        array = image((1, 16, 16), dtype)
+        array[array == masked] += 1
+        array[0, 0, 0] = np.array(-9999).astype(dtype)  # in another type, other bits
+        if masked is not None:
+            array[0, 2:5, 2:5] = masked
+        extra = [(42113, 2, len(text) + 1, text.encode() + b"\0", True)]
+        path = write(tmp_path / "tile.tif", array, extratags=extra)
+        value = bandcrop.info(path).nodata
+        assert value == masked and (masked is None or (array == value).any())
+        out, report = fill_one(path, 0, (16, 16), mean=[7.0], std=[1.0])
+        gone = np.zeros((16, 16), bool) if masked is None else array[0] == masked
+        with np.errstate(over="ignore"):  # as float32 some are infinite
+            missing = gone | ~np.isfinite(array[0].astype(np.float32))
+        assert report.replaced[0] == missing.sum()
+        assert not out[gone].any() and out[~gone].any()
+
+
 @pytest.mark.parametrize(
-    "dtype, text, value", [("u2", "0", 0), ("i2", "-32768", -32768), ("f8", "1e300", 1e300)]
-)
-def test_integer_nodata_is_replaced(tmp_path, dtype, text, value):
-    array = image((1, 16, 16), dtype)
-    array[0, 2:5, 2:5] = value
-    path = write(tmp_path / "tile.tif", array, extratags=[(42113, 2, len(text) + 1, text, True)])
-    got, report = fill_one(path, 0, (16, 16), mean=[7.0], std=[1.0])
-    assert report.replaced[0] == (array == value).sum() and not got[2:5, 2:5].any()
+    "text",
+    ["1.#QNAN", "-1.#QNAN", "1.#SNAN", "-1.#IND", " -1.#ind", "nan", "NaN", "-nan", " NAN ",
+     "inf", "-INF", "Infinity", "1.#INF", "-1.#inf", "1e400"],
+)  # fmt: skip
+def test_nodata_that_is_no_number_masks_no_number(tmp_path, text):
+    array = np.float32([[[np.nan, np.inf, 0, 1, -1]]])
+    extra = [(42113, 2, len(text) + 1, text.encode() + b"\0", True)]
+    path = write(tmp_path / "tile.tif", array, extratags=extra)
+    assert not np.isfinite(bandcrop.info(path).nodata)
+    out, report = fill_one(path, 0, (1, 5), mean=[9.0], std=[1.0])
+    assert report.replaced[0] == 2 and out.tolist() == [[0, 0, -9, -8, -10]]
+    path = write(tmp_path / "whole.tif", image((1, 8, 8), "i8"), extratags=extra)
+    assert bandcrop.info(path).nodata is None
 
 
-def test_nodata_that_the_type_cannot_hold_matches_nothing(tmp_path):
-    array = image((1, 16, 16), "u2")
-    array[0, 0, 0] = 55537  # -9999 in sixteen bits
-    path = write(tmp_path / "tile.tif", array, extratags=[(42113, 2, 6, "-9999", True)])
-    got, report = fill_one(path, 0, (16, 16))
-    assert report.replaced[0] == 0 and got[0, 0] == 55537
+def test_statistics_leave_out_each_files_own_nodata_exactly(tmp_path):
+    big = 2**53 + 1  # as a float it would be its neighbour too
+    arrays = np.array([[[[big, big - 1, 5]]], [[[big, 7, 5]]]])
+    paths = [
+        write(tmp_path / f"{text}.tif", a, extratags=[(42113, 2, len(text) + 1, text, True)])
+        for a, text in zip(arrays, (str(big), "5"), strict=True)
+    ]
+    kept = np.array([big - 1, 5, big, 7], float)
+    mean, std = bandcrop.statistics(paths, [[0], [0]])
+    np.testing.assert_allclose([mean[0], std[0]], [kept.mean(), kept.std()])
+
+
+@pytest.mark.parametrize("dtype", ["i8", "u8"])
+def test_integers_of_64_bits_are_read_exactly_and_filled_as_floats(tmp_path, dtype):
+    about = np.iinfo(dtype)
+    array = np.array([[[about.min, about.max, 2**53 + 1, 7]]], dtype)
+    path = write(tmp_path / "tile.tif", array)
+    np.testing.assert_array_equal(bandcrop.read(path), array)
+    out, _ = fill_one(path, 0, (1, 4))
+    np.testing.assert_array_equal(out, array[0].astype(np.float32))
 
 
 def test_bands_in_files_of_their_own_cut_the_same_ground(tmp_path):
