@@ -6,6 +6,7 @@ CHECK_MANAGED = import os, sys, sysconfig as s; \
 # A Python that the system manages (PEP 668) is left alone: .venv is made and used instead.
 MANAGED := $(shell $(PYTHON) -c '$(CHECK_MANAGED)')
 PY := $(if $(filter yes,$(MANAGED)),.venv/bin/python,$(PYTHON))
+FUZZ_SECONDS ?= 600
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
 
 # $(call stage,what it does,command): says both, runs it, says how long it took.
@@ -13,9 +14,8 @@ define stage
 	@echo; echo "== $(1)"; echo "$(2)" | sed 's|^|   |'
 	@start=$$(date +%s); $(2) && echo "   -- $$(($$(date +%s) - start)) s"
 endef
-ENCODER = runs/demo/encoder.safetensors
 
-.PHONY: help build test lint bench demo proof clean codecs environment
+.PHONY: help build test lint fuzz bench demo proof clean codecs environment
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -40,17 +40,16 @@ test: environment codecs  ## build, then run all tests
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(PY) -m pytest -q
 
-DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --seeds 3 --head linear --out results/demo
-DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --band NIR --arch resnet18 --size 64 --num-images 24 --epochs 15 --maps 4 --out results/demo
+DEMO_PRETRAIN = --arch resnet18 --size 32 --batch-size 16 --epochs 4 --restart-epochs 4 --lr 0.1 --tau 0.97
+DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --size 32 --band all --head linear --seeds 3 --out results/demo
 
-demo: build  ## synthetic archive, pre-training, probe, segmentation, one page: under 5 minutes on 2 cores
+demo: build  ## synthetic archive, pre-training, probes, one page: under 5 minutes on 2 cores
 	@rm -rf runs/demo results/demo
-	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo)
-	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --root data/demo/sen12ms --arch resnet18 --size 64 --lr 0.03 --tau 0.99 --epochs 20 --out runs/demo)
-	$(call stage,Probe of the pre-trained encoder for each band,$(DEMO_PROBE) --band all --weights $(ENCODER))
-	$(call stage,Probe of a random encoder for each band,$(DEMO_PROBE) --band all --weights random)
-	$(call stage,Land cover from the pre-trained encoder,$(DEMO_SEGMENT) --weights $(ENCODER))
-	$(call stage,Land cover from a random encoder,$(DEMO_SEGMENT) --weights random)
+	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 1280 --size 64 --eurosat 60 --resisc45 0 --dfc2020 0 0)
+	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms $(DEMO_PRETRAIN) --out runs/demo)
+	$(call stage,Probe of the pre-trained encoder for each band,$(DEMO_PROBE) --bn reestimate --weights runs/demo/encoder.safetensors)
+	$(call stage,Probe of a random encoder for each band,$(DEMO_PROBE) --weights random)
+	$(call stage,Probe of twelve hand-made statistics for each band,$(DEMO_PROBE) --weights stats)
 	$(call stage,Tables and tests and plots and one page,$(PY) analyze.py results/demo --runs runs/demo --out report/demo)
 	@echo; echo "look at report/demo/index.html"
 
@@ -59,6 +58,16 @@ lint: environment  ## ruff and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(CXX_FILES)
+
+fuzz: build  ## the reader under mutated files, sanitizers and, where clang is there, libFuzzer
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	MUTATIONS=120000 $(PY) -m pytest -q tests/test_attack.py -m '' -k sanitizer
+	@clang=$$(command -v clang++ || command -v clang++-14) || { echo "no clang++: libFuzzer skipped"; exit 0; }; \
+	mkdir -p build/corpus && $(PY) tests/test_attack.py seeds build/corpus >/dev/null && \
+	$$clang -std=c++17 -O2 -g -Wno-psabi -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  -DBANDCROP_LIBDEFLATE -DBANDCROP_ZSTD -Icsrc -o build/fuzz_reader tests/fuzz_reader.cpp \
+	  csrc/tiff.cpp csrc/decode.cpp csrc/resample.cpp -ldeflate -lzstd && \
+	build/fuzz_reader -max_len=6000 -timeout=20 -malloc_limit_mb=512 -max_total_time=$(FUZZ_SECONDS) build/corpus
 
 bench: build  ## speed of loader, training and probe beside others, as ratios
 	$(PY) tests/bench_loader.py

@@ -105,8 +105,11 @@ def write_seeds(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def builds(request, tmp_path_factory):
-    """Starts the sanitizer builds. Returns a function that waits for one: its path."""
-    if not CXX or not any("sanitizer" in item.name for item in request.session.items):
+    """Starts the sanitizer builds that are wanted. Returns a function that waits for one."""
+    tests = " ".join(item.name for item in request.session.items)
+    wanted = {"loop": "mutated_files" in tests, "race": "thread_sanitizer" in tests,
+              "extension": "the_other_tests" in tests}  # fmt: skip
+    if not CXX or not any(wanted.values()):
         yield None
         return
     folder = tmp_path_factory.mktemp("builds")
@@ -134,11 +137,11 @@ def builds(request, tmp_path_factory):
         **os.environ, "BANDCROP_SANITIZE": "address,undefined", "CPATH": str(hidden), "CI": "",
     }  # fmt: skip
     processes = {}
-    for name, command in commands.items():
+    for name in (name for name in commands if wanted[name]):
         log = open(folder / f"{name}.log", "w")  # noqa: SIM115
         env = environment if name == "extension" else None
         processes[name] = subprocess.Popen(
-            command,
+            commands[name],
             cwd=ROOT,
             env=env,
             stdout=log,
@@ -760,6 +763,7 @@ def test_mutated_files_pass_the_sanitizers(tmp_path, builds):
     assert done.stdout == f"{MUTATIONS} executions\n"
 
 
+@pytest.mark.fuzz
 @needs_compiler
 def test_the_pool_passes_the_thread_sanitizer(tmp_path, builds):
     seeds = write_seeds(tmp_path)
@@ -773,6 +777,7 @@ def test_the_pool_passes_the_thread_sanitizer(tmp_path, builds):
     assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[-4000:]
 
 
+@pytest.mark.fuzz
 @needs_compiler
 def test_the_other_tests_pass_the_address_and_undefined_behaviour_sanitizers(builds):
     folder = builds("extension")
