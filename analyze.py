@@ -138,7 +138,7 @@ class Result:
     bands: str  # "RE5", "RGB"
     seed: int
     name: str  # of the weights
-    file: str  # start of their sha256; "" for weights drawn anew for each seed
+    file: str  # their sha256; "" for weights drawn anew for each seed
     source: str
     finetuned: bool
     arch: str
@@ -237,7 +237,7 @@ def read_result(path: Path) -> Result:
                  for k, v in saved["metrics"].get(PER_CLASS[stage], {}).items()}  # fmt: skip
     classes = config.get("classes")
     classes = list(per_class) if classes is None else classes
-    classes = [str(i) for i in range(classes)] if isinstance(classes, int) else classes
+    classes = range(classes) if isinstance(classes, int) else classes
     about = dict(weights)
     if isinstance(config.get("encoder"), dict):
         about = config["encoder"] | about
@@ -256,6 +256,8 @@ def read_result(path: Path) -> Result:
     if name == "scratch" or finetuned:
         settings["bn"] = ""  # it is trained
     subset = saved.get("subset")
+    if not isinstance(subset, int | None) or not 0 <= overlap < 1e6 or len(classes) > 10_000:
+        raise ValueError('"subset", "train", "test" or "classes" is no number that can be')
     return Result(
         path=path, stage=stage, dataset=clean(saved["dataset"]), split=clean(saved["split"]),
         subset="whole data set" if subset is None else f"subset {clean(subset)}",
@@ -267,7 +269,7 @@ def read_result(path: Path) -> Result:
         channels=len(saved["bands"]),
         bands=TRIPLES.get(tuple(saved["bands"]), clean("+".join(saved["bands"]))),
         seed=int(saved["seed"]), name=name,
-        file="" if name in DRAWN else clean(weights.get("sha256"))[:8],
+        file="" if name in DRAWN else clean(weights.get("sha256")),
         source=clean(weights.get("source")), finetuned=finetuned, recipe=recipe_of(about),
         pretraining=clean(about.get("seed")), epoch=number("epoch"), step=number("step"),
         overlap=overlap, metrics={key: share(saved["metrics"][key]) for key in SHOWN[stage]},
@@ -363,7 +365,7 @@ def set_apart(results: list[Result], faults: list[str]) -> list[Result]:
                                   for key, value in values.items())  # fmt: skip
     for found in groups(kept.values(), *row, "bands", "seed").values():
         for r in found[1:]:  # no setting in sight tells them apart
-            r.variant += f" file {r.path.stem}"
+            r.variant = f"{r.variant} file {r.path.stem}".strip()
     return list(kept.values())
 
 
@@ -387,7 +389,7 @@ def label_rows(results: list[Result]) -> None:
                 value = getattr(r, key)
                 if key == "file" and value:
                     place = min(names[value])
-                    extra.append(place if place and places.count(place) == 1 else value)
+                    extra.append(place if place and places.count(place) == 1 else value[:8])
                 elif value and key != "file":
                     extra.append(value if key == "variant" else f"{key} {value}")
             r.label = r.name + (f" ({', '.join(extra)})" if extra else "")
@@ -606,7 +608,7 @@ def over_pretrainings(
     if drawn:
         draws = [np.mean([values[test.b, c][s] for c in both]) for s in seeds]
         return welch_test(test, a, np.array(draws))
-    test.method = "t-test of the pre-trainings' differences from it"
+    test.method = "t-test of differences"
     return paired_test(test, a, np.resize(means(others), len(a)))
 
 
@@ -756,21 +758,21 @@ def make_tests(table: Table, metric: str, values: Values) -> list[Test]:
     kept = {row: table.of(row)[0] for row in table.rows if table.of(row)[0].judged}
     singles = [row for row in kept if not kept[row].pooled]
     pairs = list(itertools.combinations(singles, 2))
-    pairs += [(a, b) for a in table.recipes for b in kept
-              if b not in [*table.recipes, *table.recipes[a]] or a < b]  # fmt: skip
+    pairs += itertools.combinations(table.recipes, 2)
+    pairs += [(a, b) for a in table.recipes for b in singles if not is_ours(kept[b])]
     tests = []
     for a, b in pairs:
         names = [kept[row].name for row in (a, b)]
-        if names[0] in ("random", "stats") and is_ours(kept[b]):
+        if is_ours(kept[b]) and not is_ours(kept[a]):
             a, b, names = b, a, names[::-1]  # ours less the other
         family = f"against {names[1]}" if is_ours(kept[a]) and names[1] in FLOORS else "others"
         if a in table.recipes:
-            test = Test("over pre-trainings", family, metric, "mean", a, b, "Welch's t-test", "")
+            test = Test("over pre-trainings", family, metric, "mean", a, b, "Welch", "")
             drawn = names[1] in DRAWN
             tests.append(over_pretrainings(values, test, table.bands, table.recipes, drawn))
             continue
         overlap = max(kept[a].overlap, kept[b].overlap)
-        method = "paired t-test" + (", Nadeau and Bengio's variance" if overlap else "")
+        method = "paired t-test" + " with Nadeau and Bengio's variance" * (overlap > 0)
         test = Test("over bands", family, metric, "mean", a, b, "paired t-test", "")
         if len(table.bands) > 2:
             tests.append(over_bands(values, test, table.bands))
@@ -856,11 +858,15 @@ def verdict(tables: list[Table]) -> str:
         said = [clause(test, digits_of(table)) for test in tests]
         who = row if table.of(row)[0].pooled else f"this encoder, {row},"
         clauses.append(f"{who} {' and '.join(said) or 'stands beside no random encoder'}")
-        hows += [f"{t.method} {t.kind} ({t.n})" for t in tests if t.p == t.p]
+        hows += [f"{t.method}, {t.n.replace(', ', ' pre-trainings and ')} "
+                 + (f"draws of {t.b}" if ", " in t.n else t.kind.removeprefix("over "))
+                 for t in tests if t.p == t.p]  # fmt: skip
     if len(rows) > 3:
         clauses.append(f"{len(rows) - 3} more in the tests below")
     how = "; ".join(dict.fromkeys(hows))
-    how = f" In brackets: 95 % interval and p after Holm's correction; {how}." if how else ""
+    how = f" In brackets: 95 % interval and p, Holm-corrected ({how})." if how else ""
+    if any(not table.of(row)[0].pooled for table, row in rows):
+        how += " One encoder does not speak for its recipe: that takes three pre-trainings."
     return f"{tables[0].title}: {'; '.join(clauses)}.{how}"
 
 
@@ -1055,11 +1061,13 @@ def draw_bars(tables: list[Table]):
                 if cell := cells.get((number, row, metric, column)):
                     x = max(x, start + 1)
                     legend[f"{row} (the floor)"] = axis.hlines(
-                        cell.mean, start - 0.6, x - 0.4, colors="black", linestyles="--", lw=1.2)
+                        cell.mean, start - 0.6, x - 0.4, colors="black", linestyles="--", lw=1.2
+                    )
                     highest = max(highest, cell.mean)
             ticks.append((start + x - 1) / 2)
             x += 1
-        axis.set_xticks(ticks, [column for _, column in columns])
+        small = 7 if len(columns) > 12 else 9
+        axis.set_xticks(ticks, [column for _, column in columns], fontsize=small)
         space = max(0, 14 - x) / 2  # few bars stay narrow
         axis.set(xlim=(-1 - space, x + space - 1), ylim=(0, 1.15 * highest or 1))
         axis.set_ylabel(metric + (" (%)" if tables[0].first.stage == "segment" else ""))
@@ -1147,6 +1155,9 @@ def draw_labels(tables: list[Table]):
     metric = f"{next(iter(SHOWN[tables[0].first.stage].values()))}, mean of {', '.join(bands)}"
     figure, axis = draw_lines(lines, {}, ("labelled images to learn from", metric))
     axis.set_xscale("log")
+    places = sorted({int(x) for points in lines.values() for x, *_ in points})
+    axis.set_xticks(places, map(str, places))
+    axis.set_xticks([], minor=True)
     return figure
 
 
@@ -1174,8 +1185,9 @@ def draw_classes(table: Table):
     return figure
 
 
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """features float64 [n, D] and labels int [n] of at most 2,000 images, drawn with a fixed seed.
+def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """features float64 [n, D] and labels int [n] of at most 2,000 images, drawn with a fixed seed;
+    names of the classes, where the file has them. Without labels all are 0.
 
     ValueError says what no t-SNE can be made of: values that are not finite, fewer than two
     columns, features that are all alike, as those of a collapsed encoder are.
@@ -1183,6 +1195,7 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         features = file["features"]
         labels = file["labels"] if "labels" in file.files else np.zeros(len(features), int)
+        names = tuple(map(clean, file["classes"])) if "classes" in file.files else ()
     if features.ndim != 2 or features.shape[1] < 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features {features.shape} and labels {labels.shape} do not fit")
     if features.dtype.kind != "f" or labels.dtype.kind not in "iu" or len(labels) < 12:
@@ -1195,7 +1208,7 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
     features -= features.mean(0)
     if (spread := np.abs(features).max()) < 1e-6:
         raise ValueError("all features are alike: a collapsed encoder?")
-    return features / spread, labels
+    return features / spread, labels, names
 
 
 def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: list[str]):
@@ -1214,15 +1227,18 @@ def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: lis
     import matplotlib
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     figure, axes = new_figure(3 * len(panels), 3.4, columns=len(panels))
     colours, legend = matplotlib.colormaps["tab20"].colors, {}
-    classes = np.unique(np.concatenate([labels for *_, labels in panels]))
+    classes = np.unique(np.concatenate([labels for _, _, labels, _ in panels]))
+    names = names or panels[0][3]
     word = {c: names[c] if 0 <= c < len(names) else str(c) for c in classes.tolist()}
-    for axis, (title, features, labels) in zip(axes, panels, strict=True):
+    for axis, (title, features, labels, _) in zip(axes, panels, strict=True):
         features = PCA(min(50, *features.shape), random_state=0).fit_transform(features)
         tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
-        points = tsne.fit_transform(features)
+        with threadpool_limits(1):  # on a busy machine its threads wait for each other
+            points = tsne.fit_transform(features)
         for index, c in enumerate(classes.tolist()):
             mine = points[labels == c]
             if len(classes) <= 20:
@@ -1518,7 +1534,12 @@ def main(argv: list[str] | None = None) -> int:
     page = Page(faults)
     with matplotlib.rc_context(FONT):
         answers = [html_section(page, tables, not args.no_tsne) for tables in sections]
+        loose = [(clean(p.stem), p) for p in paths
+                 if p.suffix == ".npz" and not p.stem.endswith("-embeddings")][:4]  # fmt: skip
         curves = ""
+        if loose and not args.no_tsne:
+            text = "t-SNE of embeddings"
+            answers.append(page.figure("tsne", text, draw_tsne, loose, (), faults))
         if runs:
             text = "Pre-training, by step. The std falls to 0 where the projection collapses."
             curves = page.figure("runs", text, draw_runs, runs)
