@@ -151,7 +151,6 @@ class Result:
     recipe: str  # how the encoder was pre-trained, without seed and length; "" if unknown
     pretraining: str  # seed of the pre-training
     epoch: float  # of the pre-training; NaN if unknown
-    step: float
     overlap: float  # test images for each training image where seeds redraw the split, else 0
     metrics: dict[str, float]
     per_class: dict[str, float]
@@ -246,12 +245,6 @@ def read_result(path: Path) -> Result:
     if overlap and not config.get("train_images") and train and test:
         overlap = test / train
 
-    def number(key: str) -> float:
-        try:
-            return float(about[key])
-        except (KeyError, TypeError, ValueError):
-            return math.nan
-
     settings = {key: clean(config.get(key)) for key in CONFIG}
     if name == "scratch" or finetuned:
         settings["bn"] = ""  # it is trained
@@ -271,7 +264,7 @@ def read_result(path: Path) -> Result:
         seed=int(saved["seed"]), name=name,
         file="" if name in DRAWN else clean(weights.get("sha256")),
         source=clean(weights.get("source")), finetuned=finetuned, recipe=recipe_of(about),
-        pretraining=clean(about.get("seed")), epoch=number("epoch"), step=number("step"),
+        pretraining=clean(about.get("seed")), epoch=float(about.get("epoch", "nan")),
         overlap=overlap, metrics={key: share(saved["metrics"][key]) for key in SHOWN[stage]},
         per_class=per_class, averaged=len(saved["metrics"].get("classes") or per_class),
         identity=clean(config.get("identity")), config=config,
@@ -1111,32 +1104,28 @@ def draw_lines(lines: dict[str, list[tuple]], flat: dict[str, tuple], labels: tu
 
 def draw_steps(table: Table):
     """F1 against the length of pre-training, a line for each; None where all have one length."""
-    lines: dict[str, list[str]] = {}
-    flat = [r for r in table.shown() if table.of(r)[0].name in ("random", "stats")]
-    for row in table.rows:
-        first = table.of(row)[0]
-        if first.recipe and first.epoch == first.epoch:
-            key = f"{first.recipe}, {first.pretraining}, {first.bn}"
-            lines.setdefault(key, []).append(row)
+    firsts = {row: table.of(row)[0] for row in table.rows}
+    lines: dict[tuple, list[str]] = {}
+    for row, r in firsts.items():
+        if r.recipe and not math.isnan(r.epoch):
+            lines.setdefault((r.recipe, r.pretraining, r.bn), []).append(row)
     lines = {key: rows for key, rows in lines.items() if len(rows) > 1}
+    flat = [row for row in table.shown() if firsts[row].name in ("random", "stats")]
     drawn = [*itertools.chain(*lines.values()), *flat]
-    if not lines:
+    bands = set(table.bands).intersection(*({r.bands for r in table.of(row)} for row in drawn))
+    if not lines or not bands:
         return None
-    bands = set.intersection(*({r.bands for r in table.of(row)} for row in drawn))
-    if not bands:
-        return None
-    by_step = all(table.of(row)[0].step > 0 for rows in lines.values() for row in rows)
     points = {}
-    for rows in lines.values():
-        first = [table.of(row)[0] for row in rows]
-        x = [r.step if by_step else r.epoch for r in first]
-        points[rows[int(np.argmax(x))]] = [
-            (at, overall(table, row, bands)[0], 0.0) for at, row in zip(x, rows, strict=True)
-        ]  # thin lines without whiskers
-    unit = "steps" if by_step else "epochs"
-    metric = f"{next(iter(SHOWN[table.first.stage].values()))}, mean of {', '.join(sorted(bands))}"
-    labels = (f"{unit} of pre-training", metric)
+    for rows in lines.values():  # thin lines without whiskers
+        last = max(rows, key=lambda row: firsts[row].epoch)
+        points[last] = [(firsts[row].epoch, overall(table, row, bands)[0], 0.0) for row in rows]
+    labels = "epochs of pre-training", value_name(table, bands)
     return draw_lines(points, {row: overall(table, row, bands) for row in flat}, labels)[0]
+
+
+def value_name(table: Table, bands: Iterable[str]) -> str:
+    metric = next(iter(SHOWN[table.first.stage].values()))
+    return f"{metric}, mean of {', '.join(b for b in table.bands if b in bands)}"
 
 
 def draw_labels(tables: list[Table]):
@@ -1152,8 +1141,8 @@ def draw_labels(tables: list[Table]):
                 lines.setdefault(row, []).append((float(x), *overall(table, row, bands)))
     if len(tables) < 2 or not any(len(points) > 1 for points in lines.values()):
         return None
-    metric = f"{next(iter(SHOWN[tables[0].first.stage].values()))}, mean of {', '.join(bands)}"
-    figure, axis = draw_lines(lines, {}, ("labelled images to learn from", metric))
+    labels = "labelled images to learn from", value_name(tables[0], bands)
+    figure, axis = draw_lines(lines, {}, labels)
     axis.set_xscale("log")
     places = sorted({int(x) for points in lines.values() for x, *_ in points})
     axis.set_xticks(places, map(str, places))
@@ -1175,8 +1164,9 @@ def draw_classes(table: Table):
             found = [100 * value for value in found if value == value]
             if found:
                 values[i, j] = np.mean(found)
-                axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=6,
-                          color="black" if values[i, j] > 50 else "white")  # fmt: skip
+                style = {"color": "black" if values[i, j] > 50 else "white", "fontsize": 6,
+                         "ha": "center", "va": "center", "in_layout": False}  # fmt: skip
+                axis.text(j, i, f"{values[i, j]:.0f}", **style)
         axis.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         axis.spines[:].set_visible(False)
         axis.set_xticks(range(len(table.bands)), table.bands, rotation=90, fontsize=7)
@@ -1494,7 +1484,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def without_synthetic(things: list, said: list[str], what: str) -> list:
-    """Synthetic data, such as the demo's, stand in a report of their own, never beside real ones."""
+    """Synthetic data, such as the demo's, never stand beside real ones in a report."""
     real = [thing for thing in things if not thing.synthetic]
     if real and len(real) < len(things):
         said.append(f"{len(things) - len(real)} {what} on synthetic images are left out: give "
