@@ -26,6 +26,7 @@ import os
 import platform
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -358,7 +359,7 @@ def set_apart(results: list[Result], faults: list[str]) -> list[Result]:
                                   for key, value in values.items())  # fmt: skip
     for found in groups(kept.values(), *row, "bands", "seed").values():
         for r in found[1:]:  # no setting in sight tells them apart
-            r.variant = f"{r.variant} file {r.path.stem}".strip()
+            r.variant = f"{r.variant} file {clean(r.path.stem)}".strip()
     return list(kept.values())
 
 
@@ -1001,10 +1002,15 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
+def short(text: str) -> str:
+    """A name that fits a figure; matplotlib leaves out of legends what begins with "_"."""
+    text = f" {text}" if text[:1] in ("_", "") else text
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def legend_below(figure, labelled: dict[str, Any]) -> None:
     """Artists by their labels under all axes, in as many columns as fit the width."""
-    # a space, as matplotlib leaves out what begins with an underscore
-    labels = [" " * (s[:1] in ("_", "")) + (s if len(s) <= 80 else s[:79] + "…") for s in labelled]
+    labels = [*map(short, labelled)]
     widest = (5 + 0.6 * max(map(len, labels), default=1)) * 8 / 72  # inches, the handle included
     columns = max(1, min(4, int(figure.get_figwidth() / widest)))
     figure.legend(list(labelled.values()), labels, loc="outside lower center", ncols=columns,
@@ -1171,7 +1177,7 @@ def draw_classes(table: Table):
         axis.spines[:].set_visible(False)
         axis.set_xticks(range(len(table.bands)), table.bands, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set_title(f"{row}: IoU (%)", fontsize=9)
+        axis.set_title(f"{short(row)}: IoU (%)", fontsize=9)
     return figure
 
 
@@ -1236,7 +1242,7 @@ def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: lis
             elif len(mine):
                 axis.scatter(*mine.T, 4, color=colours[index % 20], linewidths=0, alpha=0.4)
                 axis.text(*np.median(mine, axis=0), word[c], fontsize=5, ha="center")
-        axis.set_title(title, fontsize=8)
+        axis.set_title(short(title), fontsize=8)
         axis.set(xticks=[], yticks=[])
     if legend:
         legend_below(figure, legend)
@@ -1521,6 +1527,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import matplotlib
 
+    warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
     page = Page(faults)
     with matplotlib.rc_context(FONT):
         answers = [html_section(page, tables, not args.no_tsne) for tables in sections]
@@ -1571,4 +1578,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        fail(130, "interrupted; the same command writes the report anew")

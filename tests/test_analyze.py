@@ -344,17 +344,15 @@ def test_a_corrected_interval_leaves_out_zero_where_the_corrected_p_is_small():
     assert (alone.low_holm, alone.high_holm) == pytest.approx((alone.low, alone.high))
 
 
-def test_random_against_ours_is_a_family_of_its_own(report):
+def test_random_against_ours_is_a_family_of_its_own(tree):
     """Other pairs, however many, do not weaken it."""
-    tests = [t for t in csv_rows(report / "tests.csv") if t["dataset"] == "eurosat"
-             and t["train_images"] == "-" and t["channels"] == "1"
-             and t["kind"] == "over bands"]  # fmt: skip
-    families = {name: [t for t in tests if t["family"] == name] for name in
+    (table, *_), _ = tables_of(tree / "results/a")
+    tests = found_tests(table, "over bands")
+    families = {name: [t for t in tests if t.family == name] for name in
                 ("against random", "against stats", "against scratch", "others")}  # fmt: skip
     assert [len(f) for f in families.values()] == [2, 2, 2, 4] and len(tests) == 10
     for family in families.values():
-        smallest = min(float(t["p"]) for t in family)
-        holm = min(float(t["p_holm"]) for t in family)
+        smallest, holm = min(t.p for t in family), min(t.p_holm for t in family)
         assert holm == pytest.approx(min(1, len(family) * smallest))
 
 
@@ -568,7 +566,7 @@ def test_runs_of_other_files_are_never_called_the_same(tmp_path):
     """Where only the digest of all that determines a result tells them apart, it does."""
     write(tmp_path, result(score=0.8, identity="a" * 64), "one")
     write(tmp_path, result(score=0.2, identity="b" * 64), "two")
-    write(tmp_path, result(score=0.2, identity="b" * 64), "copy of two")
+    write(tmp_path, result(score=0.2, identity="b" * 64, device="cuda"), "copy of two")
     (table,), (fault,) = tables_of(tmp_path)
     assert sorted(c.mean for c in table.cells) == [0.2, 0.8]
     assert "the same run as" in fault and "two.json" in fault
@@ -1007,7 +1005,7 @@ def test_f1_is_drawn_against_the_length_of_pre_training(tree):
     assert any(list(c.get_ydata()) == pytest.approx(means) for c in curves)
     shown = {text.get_text() for text in axis.figure.legends[0].get_texts()}
     assert {"random", "stats (the floor)"} < shown
-    assert tables[0].rows.count("RS-BYOL-1 (3 pre-trainings)") == 1
+    assert list(tables[0].recipes) == ["RS-BYOL-1 (3 pre-trainings)"]
     assert not [row for row in tables[0].shown() if "0010" in row]  # judged at its end
 
 
