@@ -46,6 +46,7 @@ PER_CLASS = {"probe": "f1_per_class", "segment": "iou_per_class"}
 SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "classes", "head")
 TABLE = ("channels", "train_images")
 ROW = ("name", "file", "arch", "bn", "epochs", "stats", "augment", "lr", "batch", "variant")
+USE = tuple(key for key in ROW if key != "file")  # how weights were used, whichever they are
 CONFIG = ("size", "head", "arch", "bn", "epochs", "stats", "augment", "lr", "batch")  # as saved
 # Settings that change with the seed, or that say nothing of what was measured
 NOT_SETTINGS = (
@@ -391,8 +392,7 @@ def label_rows(results: list[Result]) -> None:
 
 def judge_last(results: list[Result]) -> None:
     """Only the latest encoder of each pre-training is compared with others; see `judged`."""
-    used = [f for f in ROW if f != "file"]
-    for (recipe, *_), found in groups(results, "recipe", "pretraining", "channels", *used).items():
+    for (recipe, *_), found in groups(results, "recipe", "pretraining", "channels", *USE).items():
         if recipe and not any(math.isnan(r.epoch) for r in found):
             last = max(found, key=lambda r: (r.epoch, -len(r.source)))  # encoder, not its copy
             for r in found:
@@ -405,9 +405,8 @@ def members_of(results: list[Result]) -> dict[str, list[str]]:
     One recipe: the same flags but the seed's, as many epochs, and probed in the same way.
     """
     recipes: dict[str, list[str]] = {}
-    used = [f for f in ROW if f != "file"]
     judged = [r for r in results if r.recipe and r.judged]
-    for (_, _, *row), found in groups(judged, "recipe", "epoch", "channels", *used).items():
+    for (_, _, *row), found in groups(judged, "recipe", "epoch", "channels", *USE).items():
         first = {}  # of two copies of one pre-training one counts
         for r in found:
             first.setdefault(r.pretraining, r.label)
@@ -822,15 +821,17 @@ def judge(table: Table, row: str) -> list[Test]:
 
     A recipe is judged over its pre-trainings; a single encoder over the seeds in common where there
     are three, else over the bands in common. Of random weights used in several ways (--bn) those
-    count that do best on most bands in common.
+    of the same architecture count, and of these the best on most bands in common.
     """
     first, found = table.of(row)[0], []
     shown = next(iter(SHOWN[first.stage].values()))
     mine = {r.bands for r in table.of(row)}
     for floor in ("scratch" if first.finetuned else "random", "stats"):
+        rivals = [rival for rival in table.shown() if table.of(rival)[0].name == floor]
+        alike = [rival for rival in rivals if table.of(rival)[0].arch == first.arch]
         means = {rival: [c.mean for c in table.cells if (c.weights, c.metric) == (rival, shown)
                          and c.bands in mine and c.n]
-                 for rival in table.shown() if table.of(rival)[0].name == floor}  # fmt: skip
+                 for rival in alike or rivals}  # fmt: skip
         if means:
             best = max(means, key=lambda rival: (len(means[rival]), np.mean(means[rival] or [0])))
             tests = [t for t in table.tests

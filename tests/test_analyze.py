@@ -481,6 +481,15 @@ def test_the_verdict_is_against_the_best_random_row_of_the_shared_bands(tmp_path
             in verdict_of(tmp_path))  # fmt: skip
 
 
+def test_the_verdict_is_against_random_weights_of_the_same_architecture(tmp_path):
+    for seed, (name, arch) in itertools.product(
+        range(3), ((OURS, "resnet18"), ("random", "resnet18"), ("random", "resnet50"))
+    ):
+        score = 0.5 + 0.1 * (arch == "resnet50") + 0.01 * seed * (name == OURS)
+        write(tmp_path, result(name=name, arch=arch, seed=seed, score=score), f"{name}{arch}{seed}")
+    assert "from random (arch resnet18)" in verdict_of(tmp_path)
+
+
 def test_a_fine_tuned_encoder_is_compared_with_one_trained_from_scratch(tmp_path):
     for seed in range(3):
         for name, score in ((f"{OURS} fine-tuned", 0.9), ("scratch", 0.8), ("random", 0.5)):
