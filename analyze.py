@@ -2,19 +2,21 @@
 
     python analyze.py results/ --out report/               # tables, tests, plots, report/index.html
     python analyze.py results/ --out report/ --runs runs/  # and the curves of the pre-training runs
-    python analyze.py --paper                              # the paper's Tables I to III alone
 
-In: the JSON of probe.py and segment.py (schema 1), with NAME-embeddings.npz, NAME-cam.png and
-NAME-maps.png beside NAME.json; log.jsonl and config.json of pretrain.py. Out, in one flat folder:
-index.html (self-contained), tables.md, tables.csv, tables.tex, tests.csv, figures as PNG and SVG.
-A value is the mean over seeds ± its 95 % t-interval; what is missing is a dash. What cannot be
-read is named on stderr and left out; the exit status is then 1.
+In: the JSON of probe.py and segment.py (schema 1), with NAME-cam.png and NAME-maps.png beside
+NAME.json; embeddings (*.npz: features [N, D], labels [N]); log.jsonl, config.json and views.png of
+pretrain.py. Out: index.html (self-contained), tables.md, tables.csv, tables.tex, tests.csv and
+figures as PNG and SVG; files of these names are replaced, others are left alone.
+
+A value is the mean over seeds ± its 95 % t-interval; what is missing is a dash. Where seeds redraw
+the split, their test and training images overlap from seed to seed: the interval and the tests over
+seeds are widened as Nadeau and Bengio (2003) have it. What cannot be read is named on stderr and
+left out; the exit status is then 1.
 """
 
 import argparse
 import base64
 import csv
-import functools
 import html
 import io
 import itertools
@@ -25,49 +27,50 @@ import platform
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-import scipy
-from scipy import stats
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes a second to import
 
 # ---------------------------------------------------------------------------- settings
 
-SCHEMA = 1
-MARKER = ".rs-byol-report"  # lists the files of a report; a folder without it is not ours to fill
 ALPHA = 0.05
 DASH = "–"
-# Results that differ in one of these never share a table. Those that differ in one of
-# ROW_SETTINGS only, or in the hash of the weights, are rows of their own in one table.
-TABLE_SETTINGS = ("size", "classes", "head", "images")  # images: hash of the data set's list
-ROW_SETTINGS = ("arch", "bn", "epochs", "stats", "augment", "lr", "batch")
-RECIPE = ("command", "epoch", "seed")  # of an encoder's metadata
-# flags of pretrain.py that say where, how fast and until when
-IDLE_FLAGS = "out resume threads log-every checkpoint-every epochs max-steps".split()
-METRICS = {  # what a result must hold; the tables show the metrics of SHOWN
-    "probe": ("f1_macro", "f1_weighted", "accuracy"),
-    "segment": ("miou", "aa", "pixel_accuracy"),
-}
 SHOWN = {"probe": {"f1_macro": "F1"}, "segment": {"miou": "mIoU", "aa": "AA"}}
 PER_CLASS = {"probe": "f1_per_class", "segment": "iou_per_class"}
-TITLES = {  # (stage, channels), in the order of the page
-    ("segment", 1): "Segmentation by band (as the paper's Table I)",
-    ("probe", 1): "Classification F1 by band (as the paper's Fig. 3)",
-    ("probe", 3): "Classification F1, three channels (as the paper's Table II)",
-    ("segment", 3): "Segmentation, three channels (as the paper's Table III)",
-}
+# Results that differ in a field of SECTION never meet; TABLE sets apart the tables of a section,
+# ROW the rows of a table. All are fields of Result.
+SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "classes", "head")
+TABLE = ("channels", "train_images")
+ROW = ("name", "file", "arch", "bn", "epochs", "stats", "augment", "lr", "batch", "variant")
+USE = tuple(key for key in ROW if key != "file")  # how weights were used, whichever they are
+CONFIG = ("size", "head", "arch", "bn", "epochs", "stats", "augment", "lr", "batch")  # as saved
+# Settings that change with the seed, or that say nothing of what was measured
+NOT_SETTINGS = (
+    "identity learning_rate l2_penalty neighbours optimiser mean std train test validated encoder "
+    "replaced_samples device bf16 precision losses cached file root seconds"
+).split()
+# flags of pretrain.py that say where, how fast and until when, not how
+IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
 DATASETS = {
     "eurosat": "EuroSAT", "eurosat-rgb": "EuroSAT RGB (JPEG)", "sen12ms": "SEN12MS",
     "resisc45": "RESISC45", "dfc2020": "DFC2020",
 }  # fmt: skip
-WEIGHTS = {  # how a result may name a baseline: the paper's name
-    "random": "Random init", "scratch": "Scratch supervised", "imagenet": "ImageNet supervised",
+WEIGHTS = {  # how a result may name what is not ours: how the tables name it
+    "random": "random", "random init": "random", "scratch": "scratch",
+    "scratch supervised": "scratch", "stats": "stats", "imagenet": "ImageNet supervised",
     "byol-imagenet": "BYOL ImageNet", "seco": "SeCo", "coco": "MS-COCO DeepLabV3",
     "imagenet-v2": "ImageNet supervised V2",
 }  # fmt: skip
-RANDOM, SCRATCH = "Random init", "Scratch supervised"  # new weights for each seed
+ORDER = [
+    "random", "stats", "scratch", "ImageNet supervised", "ImageNet supervised V2",
+    "MS-COCO DeepLabV3", "BYOL ImageNet", "SeCo", "RS-BYOL-1 MS only", "RS-BYOL-1",
+    "RS-BYOL-1 w/150K", "RS-BYOL-1 w/64BS", "RS-BYOL-3 RGB-S1S2", "RS-BYOL-3 S1S2",
+]  # fmt: skip
+DRAWN = ("random", "scratch")  # new weights for each seed
 
 # ---------------------------------------------------------------------------- the paper
 
@@ -97,8 +100,8 @@ PAPER_II_COLUMNS = [
     ("resisc45", None, "RGB"),
 ]  # fmt: skip
 PAPER_II = {
-    "Scratch supervised": "0.80 0.86 0.92 0.91 0.66 0.69 0.52 0.91",
-    "Random init": "0.46 0.44 0.50 0.45 0.40 0.49 0.27 0.36",
+    "scratch": "0.80 0.86 0.92 0.91 0.66 0.69 0.52 0.91",
+    "random": "0.46 0.44 0.50 0.45 0.40 0.49 0.27 0.36",
     "ImageNet supervised": "0.88 0.87 0.91 0.88 0.77 0.77 0.64 0.90",
     "BYOL ImageNet": "0.88 0.83 0.89 0.87 0.78 0.78 0.66 0.90",
     "SeCo": "0.90 0.85 0.92 0.88 0.81 0.80 0.68 0.88",
@@ -111,66 +114,78 @@ PAPER_III = {
     ("RS-BYOL-3 S1S2", "miou"): "51.6 51.3 51.6", ("RS-BYOL-3 S1S2", "aa"): "66.9 65.8 65.5",
     ("SeCo", "miou"): "50.2 50.5 45.0", ("SeCo", "aa"): "64.8 64.8 60.9",
 }  # fmt: skip
-ORDER = [
-    "Random init", "Scratch supervised", "ImageNet supervised", "ImageNet supervised V2",
-    "MS-COCO DeepLabV3", "BYOL ImageNet", "SeCo", "RS-BYOL-1 MS only", "RS-BYOL-1",
-    "RS-BYOL-1 w/150K", "RS-BYOL-1 w/64BS", "RS-BYOL-3 RGB-S1S2", "RS-BYOL-3 S1S2",
-]  # fmt: skip
-
-
-def paper_value(settings: dict, name: str, metric: str, column: str) -> str:
-    """The paper's figure for one cell, as printed there; "" where it has none.
-
-    Only for the paper's data: DFC2020 with 8 classes, EuroSAT whole or 7000, SEN12MS 5000.
-    """
-    if settings["synthetic"]:
-        return ""
-    if settings["stage"] == "probe":
-        place = (settings["dataset"], settings["subset"], column)
-        if name in PAPER_II and place in PAPER_II_COLUMNS:
-            return PAPER_II[name].split()[PAPER_II_COLUMNS.index(place)]
-    elif settings["dataset"] == "dfc2020" and class_count(settings["classes"]) == 8:
-        for paper, columns in ((PAPER_I, [*BANDS, "mean"]), (PAPER_III, [*TRIPLES.values()])):
-            if (name, metric) in paper and column in columns:
-                return paper[name, metric].split()[columns.index(column)]
-    return ""
-
-
-def paper_tables() -> list[tuple[str, list[str], list[list[str]]]]:
-    """The paper's tables and t-tests between the variants of its Table I: (title, header, rows)."""
-
-    def segmentation(paper: dict) -> list[list[str]]:
-        return [[name, SHOWN["segment"][m], *row.split()] for (name, m), row in paper.items()]
-
-    sizes = {7000: " 7K", 5000: " 5K", None: ""}
-    second = [f"{DATASETS[data]}{sizes[n]} {bands}" for data, n, bands in PAPER_II_COLUMNS]
-    tests = []
-    for metric, label in SHOWN["segment"].items():
-        rows = {
-            n: np.array(row.split()[:12], float) for (n, m), row in PAPER_I.items() if m == metric
-        }
-        pairs = [paired_test(rows[a], rows[b]) | {"a": a, "b": b, "metric": label}
-                 for a, b in itertools.combinations(rows, 2)]  # fmt: skip
-        tests += [row[:-2] for row in test_rows(correct(pairs), digits=2)]  # without Wilcoxon
-    return [
-        ("The paper's Table I: DFC2020, one channel, %", ["weights", "", *BANDS, "mean"],
-         segmentation(PAPER_I)),
-        ("The paper's Table II: classification F1, three channels", ["weights", *second],
-         [[name, *row.split()] for name, row in PAPER_II.items()]),
-        ("The paper's Table III: DFC2020, three channels, % (which column is SeCo's is inferred)",
-         ["weights", "", *TRIPLES.values()], segmentation(PAPER_III)),
-        ("Paired t-tests over the 12 bands of the paper's Table I, computed here, points of %",
-         PAIRED_HEADER[:-2], tests),
-    ]  # fmt: skip
-
+PAPER_TABLES = {("segment", 1): "I", ("probe", 3): "II", ("segment", 3): "III"}  # stage, channels
 
 # ---------------------------------------------------------------------------- reading
 
 
+@dataclass
+class Result:
+    """One file of probe.py or segment.py, flat. Words are fit to show; see `clean`."""
+
+    path: Path
+    stage: str
+    dataset: str
+    split: str
+    subset: str  # "whole data set", or a number
+    train_images: int | None  # labels to learn from, where they were limited
+    size: str
+    classes: tuple[str, ...]
+    head: str
+    data: str  # which files and labels: a digest
+    root: str
+    synthetic: bool
+    pretrained_on_synthetic: bool
+    channels: int
+    bands: str  # "RE5", "RGB"
+    seed: int
+    name: str  # of the weights
+    file: str  # their sha256; "" for weights drawn anew for each seed
+    source: str
+    finetuned: bool
+    arch: str
+    bn: str
+    epochs: str
+    stats: str
+    augment: str
+    lr: str
+    batch: str
+    recipe: str  # how the encoder was pre-trained, without seed and length; "" if unknown
+    pretraining: str  # seed of the pre-training
+    epoch: float  # of the pre-training; NaN if unknown
+    overlap: float  # test images for each training image where seeds redraw the split, else 0
+    metrics: dict[str, float]
+    per_class: dict[str, float]
+    averaged: int  # classes that macro averages run over
+    identity: str  # digest of all that determines the result but the seed; "" if not given
+    config: dict[str, Any]
+    variant: str = ""  # what else sets it apart, where two runs would have one place
+    label: str = ""  # of its row in a table
+    judged: bool = True  # False: an earlier epoch of a pre-training
+    pooled: int = 0  # pre-trainings of which this is the mean
+
+
 def fail(status: int, message: str) -> NoReturn:
     """End with one line on stderr: status 2 for wrong use, 1 for bad data."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(clean(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr)
     raise SystemExit(status)
+
+
+def clean(value: object) -> str:
+    """Any value as text fit for terminal, SVG and table: one line, nothing that cannot be printed.
+
+    Control characters and lone surrogates become a replacement character.
+    """
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def why(error: Exception) -> str:
+    """An exception as one short phrase."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def find_files(root: Path, faults: list[str]) -> list[Path]:
@@ -181,691 +196,799 @@ def find_files(root: Path, faults: list[str]) -> list[Path]:
     )
 
 
-def flaw(data: object) -> str:
-    """What keeps `data` from being a result of probe.py or segment.py; "" if nothing does."""
-    if type(data) is not dict or "schema" not in data:
-        return 'no result: it has no "schema"'
-    if type(data["schema"]) is not int or data["schema"] != SCHEMA:
-        return f"schema {data['schema']!r} is unknown: this analyze.py reads schema {SCHEMA}"
-    if data.get("stage") not in list(METRICS):
-        return f"stage {data.get('stage')!r} is unknown: expected one of {', '.join(METRICS)}"
-    kinds = {"dataset": str, "split": str, "weights": dict, "bands": list, "seed": int,
-             "metrics": dict, "config": dict}  # fmt: skip
-    for key, kind in kinds.items():
-        if type(data.get(key)) is not kind:
-            return f'"{key}" is missing or not of type {kind.__name__}'
-    if type(data.get("subset")) not in (int, type(None)):
-        return f'"subset" is {data["subset"]!r}: expected a number of images or null'
-    if type(data["weights"].get("name")) is not str:
-        return '"weights" has no "name"'
-    if unknown := [band for band in data["bands"] if band not in BANDS] or not data["bands"]:
-        return f'"bands" holds {unknown}: expected names among {" ".join(BANDS)}'
-
-    def number(value: object, most: float) -> bool:
-        return type(value) in (int, float) and 0 <= value <= most
-
-    metrics, key = data["metrics"], PER_CLASS[data["stage"]]
-    for name in METRICS[data["stage"]]:
-        if not number(metrics.get(name), 1):
-            return f'metric "{name}" is {metrics.get(name)!r}: expected a number from 0 to 1'
-    shares = [*metrics[key].values()] if type(metrics.get(key)) is dict else []
-    if not shares or not all(share is None or number(share, 1) for share in shares):
-        return f'metric "{key}" is missing or holds no number from 0 to 1'
-    rows = metrics.get("confusion")
-    lists = type(rows) is list and all(type(row) is list for row in rows)
-    if not lists or not rows or {len(row) for row in rows} != {len(rows)}:
-        return 'metric "confusion" is missing or not square'
-    if not all(number(x, sys.float_info.max) for row in rows for x in row):
-        return 'metric "confusion" holds something that is no count'
-    return ""
+def is_true(value: object) -> bool:
+    return value is True or str(value).lower() == "true"  # safetensors metadata holds strings only
 
 
-def read_results(paths: list[Path], faults: list[str]) -> list[dict]:
-    """The results among the *.json of `paths`, each with its "path"; others go to `faults`."""
+def recipe_of(about: dict) -> str:
+    """How pretrain.py made an encoder: its command's flags in any order, but IDLE_FLAGS."""
+    if "command" not in about or "seed" not in about:
+        return ""
+    script, *flags = str(about["command"]).split(" --")
+    flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
+    kept = [flag for flag in flags if flag.split(" ")[0] not in IDLE_FLAGS]
+    return json.dumps([Path(script).name, *kept])
+
+
+def share(value: object) -> float:
+    """A number from 0 to 1, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{clean(value)[:40]} is no number from 0 to 1")
+    return float(value)
+
+
+def read_result(path: Path) -> Result:
+    """A result of probe.py or segment.py; raises whatever a file that is none leads to."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(saved, dict) or "schema" not in saved:
+        raise ValueError('it has no "schema", so it is no result')
+    if saved["schema"] != 1:
+        raise ValueError(f"schema {clean(saved['schema'])} is unknown: this reads schema 1")
+    stage, config, weights = saved["stage"], saved["config"], saved["weights"]
+    if not isinstance(stage, str) or stage not in SHOWN:
+        raise ValueError(f"stage {clean(stage)} is unknown: expected {' or '.join(SHOWN)}")
+    for key in ("dataset", "split"):
+        if not isinstance(saved[key], str):
+            raise ValueError(f'"{key}" is {clean(saved[key])[:40]}, not a word')
+    if not isinstance(weights["name"], str) or not all(isinstance(b, str) for b in saved["bands"]):
+        raise ValueError("the weights' name or a band is not a word")
+    name = WEIGHTS.get(weights["name"].split(":")[0].strip().lower(), clean(weights["name"]))
+    finetuned = config.get("finetune") is True
+    per_class = {clean(k): math.nan if v is None else share(v)
+                 for k, v in saved["metrics"].get(PER_CLASS[stage], {}).items()}  # fmt: skip
+    classes = config.get("classes")
+    classes = list(per_class) if classes is None else classes
+    classes = range(classes) if isinstance(classes, int) else classes
+    about = dict(weights)
+    if isinstance(config.get("encoder"), dict):
+        about = config["encoder"] | about
+    train, test = config.get("train"), config.get("test")
+    overlap = 0.25 if saved["split"] == "random" else 0.0  # probe.py's random split is 80/20
+    if overlap and not config.get("train_images") and train and test:
+        overlap = test / train
+
+    settings = {key: clean(config.get(key)) for key in CONFIG}
+    if name == "scratch" or finetuned:
+        settings["bn"] = ""  # it is trained
+    subset = saved.get("subset")
+    if not isinstance(subset, int | None) or not 0 <= overlap < 1e6 or len(classes) > 10_000:
+        raise ValueError('"subset", "train", "test" or "classes" is no number that can be')
+    return Result(
+        path=path, stage=stage, dataset=clean(saved["dataset"]), split=clean(saved["split"]),
+        subset="whole data set" if subset is None else f"subset {clean(subset)}",
+        train_images=None if config.get("train_images") is None else int(config["train_images"]),
+        classes=tuple(map(clean, classes)),
+        data=clean(config.get("files") or config.get("images"))[:16],
+        root=clean(config.get("root")), synthetic=is_true(config.get("synthetic")),
+        pretrained_on_synthetic=is_true(config.get("encoder_synthetic", about.get("synthetic"))),
+        channels=len(saved["bands"]),
+        bands=TRIPLES.get(tuple(saved["bands"]), clean("+".join(saved["bands"]))),
+        seed=int(saved["seed"]), name=name,
+        file="" if name in DRAWN else clean(weights.get("sha256")),
+        source=clean(weights.get("source")), finetuned=finetuned, recipe=recipe_of(about),
+        pretraining=clean(about.get("seed")), epoch=float(about.get("epoch", "nan")),
+        overlap=overlap, metrics={key: share(saved["metrics"][key]) for key in SHOWN[stage]},
+        per_class=per_class, averaged=len(saved["metrics"].get("classes") or per_class),
+        identity=clean(config.get("identity")), config=config,
+        **settings,
+    )  # fmt: skip
+
+
+def read_results(paths: list[Path], faults: list[str]) -> list[Result]:
+    """The results among the *.json of `paths`; the others go to `faults`."""
     results = []
     for path in paths:
-        if path.suffix != ".json":
-            continue
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            problem = flaw(result)
-        except (OSError, ValueError, RecursionError) as error:
-            problem = f"cannot be read: {error}"
-        if problem:
-            faults.append(f"{path}: {problem}")
-        else:
-            results.append(result | {"path": path})
+        if path.suffix == ".json":
+            try:
+                results.append(read_result(path))
+            except Exception as error:  # whatever a stranger's file leads to, it is named
+                faults.append(f"{path}: no result: {why(error)}")
     return results
 
 
-def read_run(log: Path, faults: list[str]) -> dict:
-    """A pre-training run: {"name", "config", "step": [...], "loss": [...], "lr": ..., "std": ...}.
+@dataclass
+class Run:
+    """A pre-training run: its log as columns, NaN where a line lacks the value."""
 
-    A last line that breaks off is skipped silently: the run may be writing it.
-    """
-    run = {"name": log.parent.name, "config": {}, "step": [], "loss": [], "lr": [], "std": []}
-    config = log.with_name("config.json")
-    try:
-        if config.exists() and type(saved := json.loads(config.read_text("utf-8"))) is dict:
-            run["config"] = saved
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{log}: the run cannot be read: {error}")
-        return run
+    name: str
+    folder: Path
+    synthetic: bool
+    log: dict[str, np.ndarray]
+
+
+LOGGED = {  # in log.jsonl: how the figure names it
+    "loss": "loss", "cosine": "cosine of positives", "std": "std of the projection",
+    "lr": "learning rate", "match": "match (0 best, 0.5 chance)", "rank": "rank of the features",
+}  # fmt: skip
+
+
+def read_run(log: Path, faults: list[str]) -> Run:
+    """The log.jsonl and config.json of one folder; a last line that breaks off is being written."""
+    config, lines = {}, log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if (file := log.with_name("config.json")).exists():
+        config = json.loads(file.read_text(encoding="utf-8"))
+    columns: dict[str, list[float]] = {key: [] for key in ("step", *LOGGED)}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            values = [float(entry[key]) for key in ("step", "loss", "lr", "std")]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            values = [float(entry["step"]), float(entry["loss"])]
+            values += [math.nan if entry.get(key) is None else float(entry[key])
+                       for key in [*LOGGED][1:]]  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(lines) or line.endswith("\n"):
                 faults.append(f"{log}: line {number} is no step of a run; this line is left out")
             continue
-        for key, value in zip(("step", "loss", "lr", "std"), values, strict=True):
-            run[key].append(value)
-    return run
+        for key, value in zip(columns, values, strict=True):
+            columns[key].append(value)
+    return Run(clean(log.parent.name), log.parent, '"synthetic": true' in json.dumps(config),
+               {key: np.array(values) for key, values in columns.items()})  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- what is compared
+
+
+def groups(results: Iterable[Result], *fields: str) -> dict[tuple, list[Result]]:
+    """Results by the values of some fields, in the order in which they come."""
+    found: dict[tuple, list[Result]] = {}
+    for result in results:
+        found.setdefault(tuple(getattr(result, f) for f in fields), []).append(result)
+    return found
+
+
+def set_apart(results: list[Result], faults: list[str]) -> list[Result]:
+    """Drop second copies of a run; runs that differ in any other setting get a `variant` each.
+
+    Two results of one seed, row and bands are the same run only if all that determines them is
+    equal: their `identity`, or, where a file has none, every setting.
+    """
+    row = SECTION + TABLE + ROW
+    differ: dict[tuple, set[str]] = {}  # row: settings in which its results differ
+    kept: dict[tuple, Result] = {}
+    for (*place, _), found in groups(results, *row, "bands").items():
+        for r in found:
+            same = (r.seed, r.bands, r.identity or json.dumps(r.config, sort_keys=True), *place)
+            if kept.setdefault(same, r) is not r:
+                faults.append(f"{r.path}: the same run as {kept[same].path}, which is kept")
+        keys = {key for r in found for key in r.config} - {*NOT_SETTINGS}
+        differ.setdefault(tuple(place), set()).update(
+            key for key in keys if len({clean(r.config.get(key)) for r in found}) > 1
+        )
+    for place, found in groups(kept.values(), *row).items():
+        for r in found:
+            values = {key: clean(r.config.get(key)) for key in sorted(differ[place])}
+            r.variant = ", ".join(f"{key} {value[:12] + '…' * (len(value) > 12)}"
+                                  for key, value in values.items())  # fmt: skip
+    for found in groups(kept.values(), *row, "bands", "seed").values():
+        for r in found[1:]:  # no setting in sight tells them apart
+            r.variant = f"{r.variant} file {clean(r.path.stem)}".strip()
+    return list(kept.values())
+
+
+def file_of(source: str) -> str:
+    """The file of weights in short: "plain-seed0", "plain-seed0/encoder-epoch0070"."""
+    file = Path(source)
+    return "/".join(part for part in (file.parent.name, file.stem) if part not in ("", "encoder"))
+
+
+def label_rows(results: list[Result]) -> None:
+    """Set `label` of one section's results: the name, and what tells rows of one name apart."""
+    names = {file: {file_of(r.source) for r in found}
+             for (file,), found in groups(results, "file").items()}  # fmt: skip
+    places = list(itertools.chain(*names.values()))
+    mixed = len({r.bn for r in results} - {""}) > 1  # then each frozen row says its own
+    for alike in groups(results, "name", "channels").values():
+        differ = [f for f in ROW[1:] if len({getattr(r, f) for r in alike}) > 1]
+        for r in alike:
+            extra = []
+            for key in differ + ["bn"] * (mixed and "bn" not in differ):
+                value = getattr(r, key)
+                if key == "file" and value:
+                    place = min(names[value])
+                    extra.append(place if place and places.count(place) == 1 else value[:8])
+                elif value and key != "file":
+                    extra.append(value if key == "variant" else f"{key} {value}")
+            r.label = r.name + (f" ({', '.join(extra)})" if extra else "")
+
+
+def judge_last(results: list[Result]) -> None:
+    """Only the latest encoder of each pre-training is compared with others; see `judged`."""
+    for (recipe, *_), found in groups(results, "recipe", "pretraining", "channels", *USE).items():
+        if recipe and not any(math.isnan(r.epoch) for r in found):
+            last = max(found, key=lambda r: (r.epoch, -len(r.source)))  # encoder, not its copy
+            for r in found:
+                r.judged = r.file == last.file
+
+
+def members_of(results: list[Result]) -> dict[str, list[str]]:
+    """Recipes that were pre-trained three times or more: label -> the labels of the encoders.
+
+    One recipe: the same flags but the seed's, as many epochs, and probed in the same way.
+    """
+    recipes: dict[str, list[str]] = {}
+    judged = [r for r in results if r.recipe and r.judged]
+    for (_, _, *row), found in groups(judged, "recipe", "epoch", "channels", *USE).items():
+        first = {}  # of two copies of one pre-training one counts
+        for r in found:
+            first.setdefault(r.pretraining, r.label)
+        if len(first) >= 3:
+            labels = list(first.values())
+            about = [part for r in found[:1] for part in r.label.split(" (", 1)[1:]]
+            used_as = "".join(about).rstrip(")").split(", ")[1:]
+            label = f"{row[1]} ({', '.join([f'{len(first)} pre-trainings', *used_as])})"
+            while label in recipes:  # another recipe of the same name
+                label = label.removesuffix(")") + "; another recipe)"
+            recipes[label] = labels
+    return recipes
+
+
+def pool(results: list[Result], recipes: dict[str, list[str]]) -> list[Result]:
+    """For each recipe and bands one result a pre-training, the mean over the seeds all have."""
+    pooled = []
+    for label, members in recipes.items():
+        mine = [r for r in results if r.label in members]
+        for _, found in groups(mine, "bands", "train_images").items():
+            by_member = {m: {r.seed: r for r in found if r.label == m} for m in members}
+            seeds = set.intersection(*(set(s) for s in by_member.values()))
+            for number, runs in enumerate(by_member.values()):
+                if seeds:
+                    first = runs[min(seeds)]
+                    metrics = {key: float(np.mean([runs[s].metrics[key] for s in seeds]))
+                               for key in first.metrics}  # fmt: skip
+                    shares = {key: float(np.mean([runs[s].per_class.get(key, math.nan)
+                                                  for s in seeds]))
+                              for key in first.per_class}  # fmt: skip
+                    pooled.append(Result(**vars(first) | {
+                        "label": label, "seed": number, "metrics": metrics, "per_class": shares,
+                        "overlap": 0.0, "pooled": len(members), "file": "", "recipe": "",
+                    }))  # fmt: skip
+    return pooled
 
 
 # ---------------------------------------------------------------------------- tests
 
 
-@functools.cache
-def t_quantile(df: int) -> float:
-    return float(stats.t.ppf(1 - ALPHA / 2, df))
+@dataclass
+class Test:
+    """A test of a - b; low and high are the 95 % interval, *_holm corrected for its family."""
+
+    kind: str  # over bands, over seeds, over pre-trainings
+    family: str  # against random, against stats, others: corrected apart
+    metric: str
+    bands: str  # a column of the table; "mean": over the bands that both have
+    a: str
+    b: str
+    method: str
+    n: str
+    difference: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    t: float = math.nan
+    df: float = math.nan
+    p: float = math.nan
+    p_holm: float = math.nan
+    low_holm: float = math.nan
+    high_holm: float = math.nan
+    d: float = math.nan  # Cohen's d_z (paired), d with the mean of both variances (Welch)
+    effect: str = ""  # which of the two
+    note: str = ""
 
 
-def summarise(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % t-interval, which is NaN for fewer than two values."""
+def summarise(values: list[float], overlap: float = 0.0) -> tuple[float, float]:
+    """Mean and half width of its 95 % t-interval, which is NaN for fewer than two values.
+
+    overlap: test images for each training image where the values come from random splits of one
+    data set, else 0: the variance of the mean is taken as (1/J + overlap) times the values'
+    (Nadeau and Bengio, Inference for the generalization error, 2003).
+    """
     if len(values) < 2:
         return (values[0] if values else math.nan), math.nan
-    return float(np.mean(values)), t_quantile(len(values) - 1) * float(stats.sem(values))
+    error = math.sqrt((1 / len(values) + overlap) * np.var(values, ddof=1))
+    return float(np.mean(values)), float(stdtrit(len(values) - 1, 1 - ALPHA / 2)) * error
 
 
-def rounding(a: np.ndarray, b: np.ndarray) -> float:
-    """The spread that rounding alone may give to values as large as those of `a` and `b`."""
-    return 1e-12 * float(np.abs(np.concatenate([a, b])).max())
+def decide(test: Test, error: float, df: float, d: float) -> Test:
+    """Fill t, df, p, the interval and d from the standard error of the difference."""
+    test.t, test.df, test.d = test.difference / error, float(df), float(d)
+    test.p = float(2 * stdtr(df, -abs(test.t)))
+    half = float(stdtrit(df, 1 - ALPHA / 2)) * error
+    test.low, test.high = test.difference - half, test.difference + half
+    return test
 
 
-def paired_test(a: np.ndarray, b: np.ndarray) -> dict:
-    """Paired t-test of a - b over bands, and Cohen's d: mean / std of the differences.
+def rounding(*values: np.ndarray) -> float:
+    """The spread that rounding alone may give to values as large as these."""
+    return 1e-12 * float(np.abs(np.concatenate(values)).max(initial=0))
 
-    a, b: float [n], the same bands in the same order. Fewer than three pairs are not tested: the
-    dict then holds only n, difference and a note.
+
+def paired_test(test: Test, a: np.ndarray, b: np.ndarray, overlap: float = 0.0) -> Test:
+    """Paired t-test of a - b, float [n] each; d_z: mean / deviation of the differences.
+
+    overlap: as in `summarise`. Fewer than three pairs are not tested.
     """
-    difference = a - b
-    test = {"n": len(a), "difference": float(difference.mean()) if len(a) else math.nan}
+    differences, test.n, test.effect = a - b, str(len(a)), "d_z"
+    test.difference = float(differences.mean()) if len(a) else math.nan
     if len(a) < 3:
-        return test | {"note": "fewer than three pairs: not tested"}
-    if np.ptp(difference) <= rounding(a, b):
-        return test | {"note": "all differences equal: not tested"}
-    t = stats.ttest_rel(a, b)
-    low, high = t.confidence_interval(1 - ALPHA)
-    return test | {
-        "t": float(t.statistic), "df": float(t.df), "p": float(t.pvalue),
-        "low": float(low), "high": float(high),
-        "d": test["difference"] / float(difference.std(ddof=1)),
-    }  # fmt: skip
+        test.note = f"fewer than three {test.kind.removeprefix('over ')} in common: not tested"
+    elif np.ptp(differences) <= rounding(a, b):
+        test.note = "all differences equal: not tested"
+    else:
+        spread = differences.std(ddof=1)
+        error = math.sqrt(1 / len(a) + overlap) * spread
+        return decide(test, error, len(a) - 1, test.difference / spread)
+    return test
 
 
-def welch_test(a: np.ndarray, b: np.ndarray) -> dict:
-    """Welch's t-test of a - b over seeds; Cohen's d on the mean of the two variances."""
-    test = {"n": f"{len(a)}, {len(b)}"}
-    test["difference"] = float(a.mean() - b.mean()) if len(a) and len(b) else math.nan
+def welch_test(test: Test, a: np.ndarray, b: np.ndarray) -> Test:
+    """Welch's t-test of a - b; d on the mean of the two variances. At least two values each."""
+    test.n, test.effect = f"{len(a)}, {len(b)}", "d"
     if min(len(a), len(b)) < 2:
-        return test | {"note": "fewer than two seeds: not tested"}
+        test.note = "fewer than two values: not tested"
+        return test
+    test.difference = float(a.mean() - b.mean())
     if max(np.ptp(a), np.ptp(b)) <= rounding(a, b):
-        return test | {"note": "no spread over seeds: not tested"}
-    with warnings.catch_warnings():  # of one constant sample: its variance is 0, as it should be
-        warnings.simplefilter("ignore", RuntimeWarning)
-        t = stats.ttest_ind(a, b, equal_var=False)
-    low, high = t.confidence_interval(1 - ALPHA)
+        test.note = "no spread: not tested"
+        return test
+    one, two = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    df = (one + two) ** 2 / (one**2 / (len(a) - 1) + two**2 / (len(b) - 1))
     spread = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
-    return test | {
-        "t": float(t.statistic), "df": float(t.df), "p": float(t.pvalue),
-        "low": float(low), "high": float(high), "d": test["difference"] / spread,
-    }  # fmt: skip
+    return decide(test, math.sqrt(one + two), df, test.difference / spread)
 
 
-def correct(tests: list[dict]) -> list[dict]:
-    """Add "p_holm" (Holm 1979) to those of one family of tests that have a "p"; returns `tests`."""
-    tested = sorted((test for test in tests if "p" in test), key=lambda test: test["p"])
+def correct(tests: list[Test]) -> None:
+    """Holm's correction (1979) of one family: p_holm, and the interval that agrees with it.
+
+    Holm multiplies p by a number; the interval is the one at 1 - ALPHA / that number, so it leaves
+    out 0 where p_holm < ALPHA, and only there.
+    """
+    tested = sorted((test for test in tests if test.p == test.p), key=lambda test: test.p)
     largest = 0.0
     for rank, test in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * test["p"]))
-        test["p_holm"] = largest
-    return tests
+        factor = len(tested) - rank
+        if factor * test.p < largest:
+            factor = largest / test.p
+        largest = factor * test.p
+        test.p_holm = min(1.0, largest)
+        half = float(stdtrit(test.df, 1 - ALPHA / factor / 2)) * abs(test.difference / test.t or 1)
+        test.low_holm, test.high_holm = test.difference - half, test.difference + half
+
+
+Values = dict[tuple[str, str], dict[int, float]]  # (row, bands) -> seed -> one metric
+
+
+def over_bands(values: Values, test: Test, columns: list[str]) -> Test:
+    """Paired over the bands that both rows have, each the mean over the seeds that both have."""
+    means = []
+    for column in columns:
+        a, b = values.get((test.a, column), {}), values.get((test.b, column), {})
+        if seeds := sorted(a.keys() & b.keys()):
+            means.append([np.mean([side[s] for s in seeds]) for side in (a, b)])
+    return paired_test(test, *np.array(means).reshape(-1, 2).T)
+
+
+def common(values: Values, rows: list[str], columns: list[str]) -> tuple[list[str], list[int]]:
+    """The columns that all rows have, and the seeds that they all have in each of these."""
+    both = [c for c in columns if all(values.get((row, c)) for row in rows)]
+    seeds = [set(values[row, c]) for row in rows for c in both]
+    return both, sorted(set.intersection(*seeds)) if seeds else []
+
+
+def over_seeds(values: Values, test: Test, columns: list[str], overlap: float) -> Test:
+    """Paired over the seeds that both rows have, each the mean over the bands that both have."""
+    both, seeds = common(values, [test.a, test.b], columns)
+    a, b = (np.array([np.mean([values[row, c][s] for c in both]) for s in seeds])
+            for row in (test.a, test.b))  # fmt: skip
+    return paired_test(test, a, b, overlap)
+
+
+def over_pretrainings(
+    values: Values, test: Test, columns: list[str], recipes: dict[str, list[str]], drawn: bool
+) -> Test:
+    """A recipe's pre-trainings, each the mean over seeds and bands that all rows have.
+
+    Against another recipe, or weights drawn anew for each seed: Welch. Against a row that is one
+    thing, such as `stats`: the pre-trainings' differences from it, tested against 0.
+    """
+    others = recipes.get(test.b, [test.b])
+    both, seeds = common(values, recipes[test.a] + others, columns)
+
+    def means(rows: list[str]) -> np.ndarray:
+        cells = [[[values[row, c][s] for c in both] for s in seeds] for row in rows]
+        return np.array(cells, float).reshape(len(rows), -1).mean(1) if seeds else np.array([])
+
+    a = means(recipes[test.a])
+    if test.b in recipes:
+        return welch_test(test, a, means(others))
+    if drawn:
+        draws = [np.mean([values[test.b, c][s] for c in both]) for s in seeds]
+        return welch_test(test, a, np.array(draws))
+    test.method = "t-test of differences"
+    return paired_test(test, a, np.resize(means(others), len(a)))
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-def class_count(classes: object) -> int | None:
-    return len(classes) if isinstance(classes, (list, dict)) else classes
+@dataclass
+class Cell:
+    """A value of a table. A new column of tables.csv: a field here, set in `make_table`."""
+
+    weights: str
+    bands: str  # "mean": over all bands of the table, where the row has each
+    metric: str
+    n: int  # seeds, or pre-trainings
+    over: str
+    mean: float
+    half_width_95: float
+    paper: str  # as printed there; "" if it has none
+    best: bool = False  # of its column
 
 
-def is_true(value: object) -> bool:
-    return value is True or str(value).lower() == "true"  # safetensors metadata holds strings only
+@dataclass
+class Table:
+    """Rows of one section with as many channels, and all that is said of them."""
+
+    number: int
+    title: str
+    results: list[Result]  # every row, those of pooled recipes too
+    columns: list[str]
+    rows: list[str]
+    recipes: dict[str, list[str]]
+    cells: list[Cell] = field(default_factory=list)
+    tests: list[Test] = field(default_factory=list)
+
+    @property
+    def first(self) -> Result:
+        return self.results[0]
+
+    @property
+    def bands(self) -> list[str]:
+        return [column for column in self.columns if column != "mean"]
+
+    def of(self, label: str) -> list[Result]:
+        return [r for r in self.results if r.label == label]
+
+    def shown(self) -> list[str]:
+        """Rows for figures: recipes for their pre-trainings, the latest encoder of each."""
+        pooled = list(itertools.chain(*self.recipes.values()))
+        return [row for row in self.rows if row not in pooled and self.of(row)[0].judged]
 
 
-def column_of(result: dict) -> str:
-    bands = tuple(result["bands"])
-    return TRIPLES.get(bands, "+".join(bands))
+def paper_value(r: Result, metric: str, column: str) -> str:
+    """The paper's figure for one cell, as printed there; "" where it has none.
 
-
-def table_settings(result: dict) -> dict:
-    """What every result of one table has in common."""
-    config = result["config"]
-    settings = {key: result.get(key) for key in ("stage", "dataset", "split", "subset")}
-    settings |= {key: config.get(key) for key in TABLE_SETTINGS}
-    if settings["classes"] is None:
-        settings["classes"] = sorted(result["metrics"][PER_CLASS[result["stage"]]])
-    settings["channels"] = len(result["bands"])
-    settings["confusion"] = len(result["metrics"]["confusion"])
-    return settings | {"synthetic": is_true(config.get("synthetic"))}
-
-
-def row_settings(result: dict) -> dict:
-    """What sets the rows of one table apart: weights by name and hash, and how they were used."""
-    name = result["weights"]["name"]
-    name = WEIGHTS.get(name.split(":")[0].strip().lower(), name)
-    # random and scratch draw new weights for each seed, so their hash is no other encoder
-    sha = "" if name in (RANDOM, SCRATCH) else str(result["weights"].get("sha256") or "")
-    row = {"name": name, "sha256": sha[:8]}
-    row |= {key: result["config"].get(key) for key in ROW_SETTINGS}
-    return row | ({"bn": None} if name == SCRATCH else {})  # its BatchNorm is trained
-
-
-def file_of(result: dict) -> str:
-    """The file of the weights in short: "plain-seed0", "plain-seed0/encoder-epoch0070"."""
-    file = Path(str(result["weights"].get("source") or ""))
-    return "/".join(part for part in (file.parent.name, file.stem) if part not in ("", "encoder"))
-
-
-def recipe_of(result: dict) -> tuple[str, str]:
-    """How pretrain.py made the encoder, without its seed, and the seed; "" for other weights.
-
-    From the command in the encoder's metadata, its flags in any order, and the epoch.
+    Only for the paper's data: DFC2020 with 8 classes, EuroSAT whole or 7000, SEN12MS 5000.
     """
-    about = result["config"].get("encoder")
-    if type(about) is not dict or not all(type(about.get(k)) is str for k in RECIPE):
-        return "", ""
-    script, *flags = about["command"].split(" --")
-    flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
-    kept = [flag for flag in flags if flag.split(" ")[0] not in ("seed", *IDLE_FLAGS)]
-    return json.dumps([Path(script).name, about["epoch"], *kept]), about["seed"]
+    if r.synthetic or r.finetuned or r.train_images is not None:
+        return ""
+    if r.stage == "probe":
+        subset = None if r.subset == "whole data set" else int(r.subset.split()[-1])
+        place = (r.dataset, subset, column)
+        if r.name in PAPER_II and place in PAPER_II_COLUMNS:
+            return PAPER_II[r.name].split()[PAPER_II_COLUMNS.index(place)]
+    elif r.dataset == "dfc2020" and len(r.classes) == 8:
+        for paper, columns in ((PAPER_I, [*BANDS, "mean"]), (PAPER_III, [*TRIPLES.values()])):
+            if (r.name, metric) in paper and column in columns:
+                return paper[r.name, metric].split()[columns.index(column)]
+    return ""
 
 
-def build_tables(results: list[dict], faults: list[str]) -> list[dict]:
-    """Sort results into tables: {"settings", "columns", "rows": [{"name", "label", "runs"}], ...}.
-
-    A row's "runs" is {column: {seed: result}}. A second result for one seed of one cell is named in
-    `faults` and left out. "cells" and "tests" are added by fill_cells, "apart" by tell_apart.
-    """
-    grouped: dict[str, dict[str, dict]] = {}
-    for result in results:
-        rows = grouped.setdefault(json.dumps(table_settings(result), sort_keys=True), {})
-        runs = rows.setdefault(json.dumps(row_settings(result)), {})
-        seeds = runs.setdefault(column_of(result), {})
-        if first := seeds.get(result["seed"]):
-            old, new = first["config"], result["config"]
-            other = sorted(key for key in old | new if old.get(key) != new.get(key))
-            why = f" (settings that differ: {', '.join(other)})" if other else ""
-            faults.append(f"{result['path']}: the same run as {first['path']}, which is kept{why}")
-        else:
-            seeds[result["seed"]] = result
-    tables = []
-    for key, rows in grouped.items():
-        table = {"settings": json.loads(key), "rows": []}
-        firsts = [next(iter(next(iter(runs.values())).values())) for runs in rows.values()]
-        table["settings"]["root"] = str(firsts[0]["config"].get("root") or "")
-        about = [json.loads(row) for row in rows]
-        files = {row["sha256"]: file_of(first) for row, first in zip(about, firsts, strict=True)}
-        places = list(files.values())
-        for sha, place in files.items():  # the file's name instead, where it tells them apart
-            files[sha] = place if place and places.count(place) == 1 else sha
-        mixed = len({row["bn"] for row in about} - {None}) > 1  # then each frozen row names its own
-        for row, runs, first in zip(about, rows.values(), firsts, strict=True):
-            same = [other for other in about if other["name"] == row["name"]]
-            differ = [k for k in row if any(other[k] != row[k] for other in same)
-                      or k == "bn" and mixed and row["bn"]]  # fmt: skip
-            extra = {k: files[row[k]] if k == "sha256" else f"{k} {row[k]}" for k in differ}
-            label = row["name"] + (f" ({', '.join(extra.values())})" if extra else "")
-            recipe, seed = recipe_of(first)
-            recipe = recipe and recipe + json.dumps(row | {"sha256": ""})  # and how it was used
-            table["rows"].append({"name": row["name"], "label": label, "runs": runs, "extra": extra,
-                                  "recipe": recipe, "pretrain_seed": seed})  # fmt: skip
-        rank = {name: index for index, name in enumerate(ORDER)}
-        table["rows"].sort(key=lambda row: (rank.get(row["name"], len(rank)), row["label"]))
-        rank = {name: index for index, name in enumerate([*BANDS, *TRIPLES.values()])}
-        columns = {column for row in table["rows"] for column in row["runs"]}
-        table["columns"] = sorted(columns, key=lambda column: (rank.get(column, len(rank)), column))
-        fill_cells(table)
-        tables.append(table)
-    places = list(TITLES)
-    kinds = [(t["settings"]["stage"], t["settings"]["channels"]) for t in tables]
-    order = [places.index(kind) if kind in places else len(places) for kind in kinds]
-    ranked = sorted(zip(order, kinds, grouped, tables, strict=True), key=lambda entry: entry[:3])
-    for number, (*_, table) in enumerate(ranked, 1):
-        table["number"] = number
-    tell_apart(tables)
-    return [table for *_, table in ranked]
+def section_title(r: Result, sections: list[Result]) -> str:
+    """The data set and all its settings in one line; of a user's own data, where they lie."""
+    where = "/".join(Path(r.root).parts[-2:])
+    name = DATASETS.get(r.dataset) or f"{r.dataset} {where}".strip()
+    parts = ["land cover maps" if r.stage == "segment" else "", r.subset, f"split {r.split}"]
+    parts += [f"{r.size} px" if r.size else "", f"{len(r.classes)} classes", r.head]
+    title = ", ".join([name + " (SYNTHETIC images)" * r.synthetic, *filter(None, parts)])
+    twins = [s for s in sections if (s.dataset, s.stage) == (r.dataset, r.stage) and s is not r]
+    if any(s.data != r.data for s in twins):
+        title += f", files {r.data}"
+    if any(len(s.classes) == len(r.classes) and s.classes != r.classes for s in twins):
+        title += f", {', '.join(r.classes[:3])} …"
+    return title
 
 
-def values_of(row: dict, column: str, metric: str) -> np.ndarray:
-    """float [seeds], in % for segmentation; in the column "mean" each seed's mean over bands."""
-    if column == "mean":
-        common = set.intersection(*(set(seeds) for seeds in row["runs"].values()))
-        bands = [[seeds[s] for s in sorted(common)] for seeds in row["runs"].values()]
-        return np.mean([[value_of(result, metric) for result in runs] for runs in bands], axis=0)
-    runs = row["runs"].get(column, {})
-    return np.array([value_of(runs[seed], metric) for seed in sorted(runs)])
+def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
+    """Sort results into sections, and each section into tables: of most labels first."""
+    results = set_apart(results, faults)
+    found = list(groups(results, *SECTION).values())
+    firsts = [section[0] for section in found]
+    stages = list(SHOWN)
+    found.sort(key=lambda s: (stages.index(s[0].stage), s[0].synthetic, s[0].dataset,
+                              section_title(s[0], firsts)))  # fmt: skip
+    sections: list[list[Table]] = []
+    number = itertools.count(1)
+    for section in found:
+        label_rows(section)
+        judge_last(section)
+        title = section_title(section[0], firsts)
+        tables = []
+        by_table = groups(section, *TABLE)
+        for channels, labels in sorted(by_table, key=lambda k: (-(k[1] or math.inf), k[0])):
+            about = f"; {labels} labelled images to learn from" if labels is not None else ""
+            own = by_table[channels, labels]
+            tables.append(make_table(next(number), title + about, own))
+        sections.append(tables)
+    return sections
 
 
-def value_of(result: dict, metric: str) -> float:
-    return result["metrics"][metric] * (100 if result["stage"] == "segment" else 1)
+def make_table(number: int, title: str, results: list[Result]) -> Table:
+    """The cells and tests of the results of one table."""
+    recipes = members_of(results)
+    results = results + pool(results, recipes)
+    rank = {name: index for index, name in enumerate(ORDER)}
+    rows = sorted({r.label: (rank.get(r.name, len(rank)), not r.pooled, r.label)
+                   for r in results}.items(), key=lambda row: row[1])  # fmt: skip
+    rank = {name: index for index, name in enumerate([*BANDS, *TRIPLES.values()])}
+    bands = sorted({r.bands for r in results}, key=lambda c: (rank.get(c, len(rank)), c))
+    with_mean = results[0].channels == 1 and len(bands) > 1
+    table = Table(number, title, results, bands + ["mean"] * with_mean, [r for r, _ in rows],
+                  recipes)  # fmt: skip
+    scale = 100 if table.first.stage == "segment" else 1
+    for metric, shown in SHOWN[table.first.stage].items():
+        values: Values = {}
+        for r in results:
+            values.setdefault((r.label, r.bands), {})[r.seed] = scale * r.metrics[metric]
+        for row, column in itertools.product(table.rows, table.columns):
+            first = table.of(row)[0]
+            both, seeds = common(values, [row], bands if column == "mean" else [column])
+            if column == "mean" and len(both) < len(bands):
+                seeds = []
+            means = [float(np.mean([values[row, c][s] for c in both])) for s in seeds]
+            mean, half = summarise(means, first.overlap)
+            over = "pre-trainings" if first.pooled else "seeds"
+            table.cells.append(Cell(row, column, shown, len(means), over, mean, half,
+                                    paper_value(first, metric, column)))  # fmt: skip
+        for column in table.columns:
+            there = [c for c in table.cells if (c.bands, c.metric) == (column, shown) and c.n]
+            if len(there) > 1:
+                max(there, key=lambda c: c.mean).best = True
+        table.tests += make_tests(table, shown, values)
+    return table
 
 
-def pretrainings(rows: list[dict]) -> list[dict]:
-    """For each recipe that was pre-trained with several seeds a row {"name", "label", "runs"}.
-
-    Its runs are {column: {seed of the pre-training: the mean over the probe's seeds, as a result}}.
-    """
-    recipes: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        if row["recipe"]:
-            recipes.setdefault(row["recipe"], {}).setdefault(row["pretrain_seed"], row)
-    several = []
-    for found in recipes.values():
-        if len(found) > 1:
-            name, same = (next(iter(found.values()))[key] for key in ("name", "extra"))
-            files = "; ".join(row["extra"]["sha256"] for row in found.values())
-            extra = ", ".join((same | {"sha256": files}).values())
-            columns = set.intersection(*(set(row["runs"]) for row in found.values()))
-            runs = {column: {seed: mean_result(row["runs"][column]) for seed, row in found.items()}
-                    for column in columns}  # fmt: skip
-            label = f"{len(found)} x {name} ({extra})"
-            several.append({"name": name, "label": label, "runs": runs})
-    return several
-
-
-def mean_result(seeds: dict[int, dict]) -> dict:
-    """The mean of some results' metrics as a result."""
-    stage = next(iter(seeds.values()))["stage"]
-    means = {metric: float(np.mean([result["metrics"][metric] for result in seeds.values()]))
-             for metric in SHOWN[stage]}  # fmt: skip
-    return {"stage": stage, "metrics": means}
-
-
-def welch_tests(
-    pairs: list[tuple[dict, dict]], columns: list[str], metric: str, shown: str
-) -> list[dict]:
-    """Welch's t-tests of pairs of rows in each column, corrected for the pairs of that column."""
+def make_tests(table: Table, metric: str, values: Values) -> list[Test]:
+    """Every pair of judged rows over bands and over seeds, every recipe over its pre-trainings."""
+    kept = {row: table.of(row)[0] for row in table.rows if table.of(row)[0].judged}
+    singles = [row for row in kept if not kept[row].pooled]
+    pairs = list(itertools.combinations(singles, 2))
+    pairs += itertools.combinations(table.recipes, 2)
+    pairs += [(a, b) for a in table.recipes for b in singles if not is_ours(kept[b])]
     tests = []
-    for column in columns:
-        family = []
-        for a, b in pairs:
-            if column in a["runs"] and column in b["runs"]:
-                test = {"a": a["label"], "b": b["label"], "metric": shown, "column": column}
-                both = (values_of(row, column, metric) for row in (a, b))
-                family.append(test | welch_test(*both))
-        tests += correct(family)
+    for a, b in pairs:
+        names = [kept[row].name for row in (a, b)]
+        if is_ours(kept[b]) and not is_ours(kept[a]):
+            a, b, names = b, a, names[::-1]  # ours less the other
+        family = f"against {names[1]}" if is_ours(kept[a]) and names[1] in FLOORS else "others"
+        if a in table.recipes:
+            test = Test("over pre-trainings", family, metric, "mean", a, b, "Welch", "")
+            drawn = names[1] in DRAWN
+            tests.append(over_pretrainings(values, test, table.bands, table.recipes, drawn))
+            continue
+        overlap = max(kept[a].overlap, kept[b].overlap)
+        method = "paired t-test" + " with Nadeau and Bengio's variance" * (overlap > 0)
+        test = Test("over bands", family, metric, "mean", a, b, "paired t-test", "")
+        if len(table.bands) > 2:
+            tests.append(over_bands(values, test, table.bands))
+        for column in table.columns if "mean" in table.columns else [*table.columns, "mean"]:
+            if column == "mean" or all((row, column) in values for row in (a, b)):
+                columns = table.bands if column == "mean" else [column]
+                test = Test("over seeds", family, metric, column, a, b, method, "")
+                tests.append(over_seeds(values, test, columns, overlap))
+    by_family: dict[tuple, list[Test]] = {}
+    for test in tests:
+        by_family.setdefault((test.kind, test.family, test.bands), []).append(test)
+    for family in by_family.values():
+        correct(family)
     return tests
 
 
-def fill_cells(table: dict) -> None:
-    """Add "cells" {(label, metric, column): {mean, half, n, paper, bold}} and the tests to `table`.
+FLOORS = ("random", "stats", "scratch")
 
-    The column "mean" (one channel only) holds the mean over bands of rows that have every band.
+
+def is_ours(r: Result) -> bool:
+    return r.name.removesuffix(" fine-tuned") not in WEIGHTS.values()
+
+
+# ---------------------------------------------------------------------------- what is said
+
+
+def digits_of(table: Table) -> int:
+    return 1 if table.first.stage == "segment" else 3
+
+
+def fixed(value: float, digits: int) -> str:
+    return DASH if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def p_text(p: float) -> str:
+    return DASH if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def clause(test: Test, digits: int) -> str:
+    """What a test says of its a, without its name: "beats random by 0.05 F1 (...)"."""
+    gap = f"{test.difference:+.{digits}f} {test.metric}"
+    if math.isnan(test.p):
+        return f"is not tested against {test.b} ({gap}; {test.note})"
+    p = p_text(test.p_holm) if test.p_holm < 0.0001 else f"= {p_text(test.p_holm)}"
+    evidence = f"{test.low_holm:+.{digits}f} to {test.high_holm:+.{digits}f}, p {p}"
+    if test.p_holm >= ALPHA:
+        return f"does not differ significantly from {test.b}: {gap} ({evidence})"
+    return f"{'beats' if test.difference > 0 else 'is below'} {test.b} by {gap[1:]} ({evidence})"
+
+
+def judge(table: Table, row: str) -> list[Test]:
+    """The tests that speak of one row, against random weights and against the floor.
+
+    A recipe is judged over its pre-trainings; a single encoder over the seeds in common where there
+    are three, else over the bands in common. Of random weights used in several ways (--bn) those
+    of the same architecture count, and of these the best on most bands in common.
     """
-    settings, rows, bands = table["settings"], table["rows"], list(table["columns"])
-    with_mean = settings["channels"] == 1 and len(bands) > 1
-    table["columns"] = bands + ["mean"] * with_mean
-    table["cells"], table["paired"], table["welch"], table["pretrainings"] = {}, [], [], []
-    several = table["several"] = pretrainings(rows)
-    drawn = [row for row in rows if row["name"] in (RANDOM, SCRATCH)]  # new weights for each seed
-    for metric, shown in SHOWN[settings["stage"]].items():
-        means = {}  # label: {band: mean over seeds}
-        for row in rows:
-            means[row["label"]] = {}
-            draws = {frozenset(seeds) for seeds in row["runs"].values()}
-            for column in table["columns"]:
-                cell = {"paper": paper_value(settings, row["name"], metric, column), "bold": False}
-                whole = column != "mean" or len(row["runs"]) == len(bands)
-                values = values_of(row, column, metric) if whole else []
-                cell["n"], (cell["mean"], cell["half"]) = len(values), summarise(list(values))
-                if column != "mean" and cell["n"]:
-                    means[row["label"]][column] = cell["mean"]
-                elif column == "mean" and whole and len(draws) > 1:
-                    cell["half"] = math.nan  # bands of other seeds: a mean of means, no interval
-                    cell["mean"] = float(np.mean([*means[row["label"]].values()]))
-                table["cells"][row["label"], metric, column] = cell
-        paired = []
-        for a, b in itertools.combinations(rows, 2):
-            both = [c for c in bands if c in a["runs"] and c in b["runs"]]
-            one, two = (np.array([means[r["label"]][c] for c in both]) for r in (a, b))
-            test = {"a": a["label"], "b": b["label"], "metric": shown, "column": "mean"}
-            test |= paired_test(one, two)
-            if "p" in test:
-                rank = stats.wilcoxon(one, two)
-                test |= {"w": float(rank.statistic), "p_w": float(rank.pvalue)}
-            paired.append(test)
-        table["paired"] += correct(paired)
-        pairs = list(itertools.combinations(rows, 2))
-        table["welch"] += welch_tests(pairs, bands, metric, shown)
-        pairs = list(itertools.combinations(several, 2)) + list(itertools.product(several, drawn))
-        table["pretrainings"] += welch_tests(pairs, bands, metric, shown)
-        mark_best(table, metric, shown)
+    first, found = table.of(row)[0], []
+    shown = next(iter(SHOWN[first.stage].values()))
+    mine = {r.bands for r in table.of(row)}
+    for floor in ("scratch" if first.finetuned else "random", "stats"):
+        rivals = [rival for rival in table.shown() if table.of(rival)[0].name == floor]
+        alike = [rival for rival in rivals if table.of(rival)[0].arch == first.arch]
+        means = {rival: [c.mean for c in table.cells if (c.weights, c.metric) == (rival, shown)
+                         and c.bands in mine and c.n]
+                 for rival in alike or rivals}  # fmt: skip
+        if means:
+            best = max(means, key=lambda rival: (len(means[rival]), np.mean(means[rival] or [0])))
+            tests = [t for t in table.tests
+                     if (t.a, t.b, t.metric, t.bands) == (row, best, shown, "mean")]  # fmt: skip
+            tests.sort(key=lambda t: (math.isnan(t.p), t.kind != "over seeds"))
+            found += tests[:1]
+    return found
 
 
-def mark_best(table: dict, metric: str, shown: str) -> None:
-    """Set "bold" where the best of a column differs significantly from the second best (BOLD)."""
-    holm = {}
-    for test in table["paired"] + table["welch"]:
-        if test["metric"] == shown:
-            holm[test["column"], frozenset((test["a"], test["b"]))] = test.get("p_holm", 1.0)
-    for column in table["columns"]:
-        cells = {
-            row["label"]: table["cells"][row["label"], metric, column] for row in table["rows"]
-        }
-        there = [label for label in cells if not math.isnan(cells[label]["mean"])]
-        there.sort(key=lambda label: -cells[label]["mean"])
-        if len(there) > 1:
-            cells[there[0]]["bold"] = holm[column, frozenset(there[:2])] < ALPHA
+def verdict(tables: list[Table]) -> str:
+    """A section in one sentence: recipes first, then single encoders, at the most labels."""
+    rows = [(t, row) for t in main_of(tables) for row in t.shown() if is_ours(t.of(row)[0])]
+    rows.sort(key=lambda entry: not entry[0].of(entry[1])[0].pooled)
+    if not rows:
+        return f"{tables[0].title}: no pre-trained encoder, so no verdict."
+    clauses, hows = [], []
+    for table, row in rows[:3]:
+        tests = judge(table, row)
+        said = [clause(test, digits_of(table)) for test in tests]
+        who = row if table.of(row)[0].pooled else f"this encoder, {row},"
+        clauses.append(f"{who} {' and '.join(said) or 'stands beside no random encoder'}")
+        hows += [f"{t.method}, {t.n.replace(', ', ' pre-trainings and ')} "
+                 + (f"draws of {t.b}" if ", " in t.n else t.kind.removeprefix("over "))
+                 for t in tests if t.p == t.p]  # fmt: skip
+    if len(rows) > 3:
+        clauses.append(f"{len(rows) - 3} more in the tests below")
+    how = "; ".join(dict.fromkeys(hows))
+    how = f" In brackets: 95 % interval and p, Holm-corrected ({how})." if how else ""
+    if any(not table.of(row)[0].pooled for table, row in rows):
+        how += " One encoder does not speak for its recipe: that takes three pre-trainings."
+    return f"{tables[0].title}: {'; '.join(clauses)}.{how}"
 
 
-BOLD = (
-    "Bold: the best of its column, where it differs from the second best with p < 0.05 after "
-    "Holm's correction over all pairs of that column (Welch's t-test over seeds; in the column "
-    "mean, the paired t-test over bands)."
-)
+def notes(table: Table) -> str:
+    """How to read a table, in as few words as it takes."""
+    counts = sorted({c.n for c in table.cells if c.n and c.over == "seeds"})
+    few = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(*counts)
+    unit = "mIoU and AA in %" if table.first.stage == "segment" else "Macro F1"
+    words = [f"{unit}, mean over {few} seed{'s' * (few != '1')} ± 95 % t-interval"]
+    if any(r.overlap for r in table.results):
+        words.append(", widened by Nadeau and Bengio's correction for random splits that overlap.")
+    else:
+        words.append(". The split is fixed: seeds redraw only the head (and random's and scratch's "
+                     "weights; a subset too).")  # fmt: skip
+    if table.recipes:
+        words.append(" Rows of several pre-trainings: over these.")
+    if any(cell.paper for cell in table.cells):
+        words.append(" In brackets: the paper's figure.")
+    averaged = {r.averaged for r in table.results if not r.pooled}
+    if averaged - {len(table.first.classes), 0}:
+        words.append(f" Averaged over the {min(averaged)} to {max(averaged)} classes that a test "
+                     "set holds.")  # fmt: skip
+    if "mean" in table.columns:
+        words.append(" Mean: over bands, where a row has every band.")
+    return "".join([*words, f" {DASH}: no result. Bold: the best of its column."])
 
 
-def title_of(table: dict) -> str:
-    settings = table["settings"]
-    kind = (settings["stage"], settings["channels"])
-    what = {"probe": "Classification F1", "segment": "Segmentation"}[settings["stage"]]
-    title = TITLES.get(kind, f"{what}, {settings['channels']} channels")
-    return f"{table['number']}. {title}: {subject_of(table)}"
-
-
-def dataset_of(settings: dict) -> str:
-    """Its name; of a user's own, where its list of images lies: "csv bigearthnet/tiles.csv"."""
-    where = "/".join(Path(settings["root"]).parts[-2:])
-    name = DATASETS.get(settings["dataset"]) or f"{settings['dataset']} {where}".strip()
-    return name + (" (SYNTHETIC images)" if settings["synthetic"] else "")
-
-
-def subject_of(table: dict) -> str:
-    """The data set, and what sets this table apart from others of it."""
-    return ", ".join([dataset_of(table["settings"]), *table["apart"]])
-
-
-def phrases_of(settings: dict) -> dict[str, str]:
-    """Setting of a table -> how a title or caption says it."""
-    few = "whole data set" if settings["subset"] is None else f"subset {settings['subset']}"
-    phrases = {"images": f"images {str(settings['images'])[:8]}"} if settings["images"] else {}
-    phrases |= {"split": f"split {settings['split']}", "subset": few}
-    for key in ("size", "head"):
-        if settings[key] is not None:
-            phrases[key] = f"{key} {settings[key]}"
-    return phrases | {"classes": f"{class_count(settings['classes'])} classes"}
-
-
-def tell_apart(tables: list[dict]) -> None:
-    """Add "apart": what sets a table apart from those of the same data set, stage and channels."""
-    same = ("stage", "channels", "dataset", "synthetic")
-    for table in tables:
-        mine = table["settings"]
-        others = [phrases_of(other["settings"]) for other in tables
-                  if all(other["settings"][key] == mine[key] for key in same)]  # fmt: skip
-        table["apart"] = [phrase for key, phrase in phrases_of(mine).items()
-                          if any(other.get(key) != phrase for other in others)]  # fmt: skip
-
-
-def settings_of(table: dict) -> str:
-    """What the results of a table have in common, as a phrase."""
-    settings = table["settings"]
-    phrases = phrases_of(settings)
-    if settings["dataset"] in DATASETS and phrases.get("images") not in table["apart"]:
-        phrases.pop("images", None)  # a user's own data are named by their hash
-    return ", ".join([dataset_of(settings), *phrases.values()])
-
-
-def caption_of(table: dict) -> str:
-    """What the table is made of, and how to read it."""
-    settings = table["settings"]
-    counts = {cell["n"] for (*_, c), cell in table["cells"].items() if cell["n"] and c != "mean"}
-    few = str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    unit = "mIoU and AA in %" if settings["stage"] == "segment" else "macro F1"
-    words = [f"{settings_of(table)}. {unit}, mean over {few} seed(s) ± 95 % t-interval."]
-    if any(cell["paper"] for cell in table["cells"].values()):
-        words.append("In brackets: the paper's figure.")
-    if settings["synthetic"]:
-        words.append("The paper's figures are of real images, so none stands here.")
-    if "mean" in table["columns"]:
-        words.append("Mean: over bands, where a row has every band.")
-    return " ".join([*words, f"{DASH}: no result.", BOLD])
-
-
-def digits_of(table: dict) -> int:
-    return 1 if table["settings"]["stage"] == "segment" else 3
-
-
-def table_lines(table: dict, plain: Callable[[str], str], bold: str):
-    """Each line of a table: ([label, metric], values "57.9 ± 0.3", the paper's figures or "").
-
-    `plain` escapes a text; `bold` is a format for the best of a column.
-    """
-    digits, metrics = digits_of(table), SHOWN[table["settings"]["stage"]]
-    for row, metric in itertools.product(table["rows"], metrics):
-        cells = [table["cells"][row["label"], metric, column] for column in table["columns"]]
-        texts = []
-        for cell in cells:
-            half = "" if math.isnan(cell["half"]) else f" ± {cell['half']:.{digits}f}"
-            text = plain(fixed(cell["mean"], digits) + half)
-            texts.append(bold.format(text) if cell["bold"] else text)
-        yield [plain(row["label"]), metrics[metric]], texts, [cell["paper"] for cell in cells]
-
-
-def result_rows(table: dict, plain: Callable[[str], str], bold: str, paper: str) -> tuple:
-    """Header and rows of a table; `paper` is a format for the paper's figure behind a value."""
-    rows = [
-        head + [text + (paper.format(figure) if figure else "")
-                for text, figure in zip(texts, figures, strict=True)]
-        for head, texts, figures in table_lines(table, plain, bold)
-    ]  # fmt: skip
-    return ["weights", "", *map(plain, table["columns"])], rows
-
-
-PAIRED_HEADER = ["", "a", "b", "pairs", "a − b", "95 % interval", "t", "df", "p", "p (Holm)",
-                 "Cohen's d", "Wilcoxon W", "p (W)"]  # fmt: skip
-WELCH_HEADER = ["", "band", "a", "b", "seeds", *PAIRED_HEADER[4:11]]
-
-
-def fixed(value: float | None, digits: int) -> str:
-    return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def p_text(p: float | None) -> str:
-    return DASH if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
-
-
-def test_rows(tests: list[dict], digits: int, band: bool = False) -> list[list[str]]:
-    """Tests as rows of text under PAIRED_HEADER, or under WELCH_HEADER with `band`."""
-    rows = []
-    for test in tests:
-        get = test.get
-        interval = f"{test['low']:.{digits}f} to {test['high']:.{digits}f}" if "p" in test else DASH
-        rows.append([
-            test["metric"], *([test["column"]] if band else []), test["a"], test["b"],
-            str(test["n"]), fixed(test["difference"], digits), get("note", interval),
-            fixed(get("t"), 3), fixed(get("df"), 1 if band else 0), p_text(get("p")),
-            p_text(get("p_holm")), fixed(get("d"), 2),
-        ] + ([] if band else [fixed(get("w"), 1), p_text(get("p_w"))]))  # fmt: skip
-    return rows
-
-
-def verdicts(table: dict) -> list[str]:
-    """One sentence for each pre-trained encoder of a table: does it beat random weights?
-
-    By the paired t-test over bands where there are three bands, else by Welch's over seeds on the
-    mean of the bands in common. One for each recipe of several pre-trainings: by Welch's over them.
-    Of random rows that were used in several ways, the one of most bands in common and best there.
-    """
-    digits, start = digits_of(table), f"Table {table['number']}, {subject_of(table)}"
-    randoms = [row for row in table["rows"] if row["name"] == RANDOM]
-    ours = [row for row in table["rows"] if row["name"] not in WEIGHTS.values()]
-    metric, shown = next(iter(SHOWN[table["settings"]["stage"]].items()))
-    if not randoms or not ours:
-        return [f"{start}: no {'random' if ours else 'pre-trained'} encoder, so no verdict."]
-    lines = []
-    for mine in ours + table["several"]:
-        shared = []  # the bands in common with each random row, and its mean there
-        for row in randoms:
-            common = [c for c in table["columns"] if c in mine["runs"] and c in row["runs"]]
-            means = [table["cells"][row["label"], metric, column]["mean"] for column in common]
-            shared.append((len(common), float(np.mean(means or [0])), common, row))
-        _, _, common, random = max(shared, key=lambda entry: entry[:2])
-        names = f"pre-trained {mine['label']}", random["label"]
-        if not common:
-            lines.append(f"{start}: {names[0]} and {names[1]} have no band in common: no verdict.")
-            continue
-        pair = {mine["label"], random["label"]}
-        test = next((t for t in table["paired"]
-                     if t["metric"] == shown and {t["a"], t["b"]} == pair), {})  # fmt: skip
-        sign = 1 if test.get("a") == mine["label"] else -1
-        how = f"paired over {test.get('n')} bands, Holm-corrected"
-        if "p" not in test:
-            both = [{"runs": {c: row["runs"][c] for c in common}} for row in (mine, random)]
-            test, sign = welch_test(*(values_of(row, "mean", metric) for row in both)), 1
-            join = " pre-trainings and " if mine in table["several"] else " and "
-            over = test["n"].replace(", ", join)
-            how = f"Welch over {over} seeds, mean of {', '.join(common)}"
-        gap = sign * test["difference"]
-        low, high = sorted(sign * test.get(end, math.nan) for end in ("low", "high"))
-        if "p" not in test:
-            lines.append(
-                f"{start}: {names[0]} less {names[1]}: {gap:+.{digits}f} {shown}; {test['note']}."
-            )
-            continue
-        p = test.get("p_holm", test["p"])
-        what = f"beats {names[1]} by" if gap > 0 else f"is WORSE than {names[1]} by"
-        gap = abs(gap) if p < ALPHA else gap
-        what = what if p < ALPHA else f"does NOT beat {names[1]} significantly:"
-        p_is = p_text(p) if p < 0.0001 else f"= {p_text(p)}"
-        lines.append(
-            f"{start}: {names[0]} {what} {gap:.{digits}f} {shown} (95 % interval of the difference "
-            f"{low:+.{digits}f} to {high:+.{digits}f}; p {p_is}; {how})."
-        )
-    return lines
+def caption(table: Table) -> str:
+    """A title that says which of the paper's tables this is like."""
+    paper = PAPER_TABLES.get((table.first.stage, table.first.channels))
+    like = f" (as the paper's Table {paper})" if paper else ""
+    return f"Table {table.number}{like}. {table.title}"
 
 
 # ---------------------------------------------------------------------------- text
 
 
+def lines_of(table: Table, plain: Callable, bold: str, paper: str) -> list[list[str]]:
+    """A table as text, the header first; `plain` escapes, `bold` marks the best of a column and
+    `paper` shows the paper's figure behind a value: formats."""
+    lines = [["weights", "", *map(plain, table.columns)]]
+    for row, metric in itertools.product(table.rows, SHOWN[table.first.stage].values()):
+        texts = []
+        for cell in (c for c in table.cells if (c.weights, c.metric) == (row, metric)):
+            half = fixed(cell.half_width_95, digits_of(table))
+            text = fixed(cell.mean, digits_of(table)) + f" ± {half}" * (half != DASH)
+            text = bold.format(plain(text)) if cell.best else plain(text)
+            texts.append(text + paper.format(cell.paper) * bool(cell.paper))
+        lines.append([plain(row), metric, *texts])
+    return lines
+
+
 def plain_markdown(text: str) -> str:
-    return "".join("\\" + c if c in "\\|*_<>[]`#" else c for c in " ".join(text.split()))
+    return "".join("\\" + c if c in "\\|*_<>[]`#" else c for c in text)
 
 
 def plain_latex(text: str) -> str:
     """Text as LaTeX that pdflatex sets with no package; what it cannot set becomes "?"."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-               "±": r"$\pm$", "−": "$-$", DASH: "--", "<": "$<$", ">": "$>$"}  # fmt: skip
+               "±": r"$\pm$", DASH: "--", "<": "$<$", ">": "$>$"}  # fmt: skip
     special |= {c: "\\" + c for c in "&%$#_{}"}
     out = []
-    for c in " ".join(text.split()):
+    for c in text:
         ascii_only = unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
         out.append(special.get(c) or "".join(special.get(a, a) for a in ascii_only) or "?")
     return "".join(out)
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def markdown_of_text(title: str, header: list[str], rows: list[list[str]]) -> str:
-    escaped = [[plain_markdown(cell) for cell in row] for row in [header, *rows]]
-    return f"## {plain_markdown(title)}\n\n{markdown_table(escaped[0], escaped[1:])}"
-
-
-def tables_markdown(tables: list[dict]) -> str:
+def tables_markdown(sections: list[list[Table]]) -> str:
     parts = []
-    for table in tables:
-        body = markdown_table(*result_rows(table, plain_markdown, "**{}**", " ({})"))
-        title, caption = plain_markdown(title_of(table)), plain_markdown(caption_of(table))
-        parts.append(f"## {title}\n\n{body}\n{caption}\n")
+    for tables in sections:
+        parts.append(f"{plain_markdown(verdict(tables))}\n")
+        for table in tables:
+            header, *lines = lines_of(table, plain_markdown, "**{}**", " ({})")
+            lines = [header, ["---"] * len(header), *lines]
+            body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            parts.append(f"## {plain_markdown(caption(table))}\n\n{body}\n\n"
+                         f"{plain_markdown(notes(table))}\n")  # fmt: skip
     return "\n".join(parts)
 
 
-def tables_latex(tables: list[dict]) -> str:
+def tables_latex(tables: list[Table]) -> str:
     r"""One table environment for each table; needs \usepackage{booktabs,graphicx}."""
     parts = ["% Written by analyze.py. Needs \\usepackage{booktabs,graphicx}.\n"]
     for table in tables:
-        lines = []
-        for head, texts, figures in table_lines(table, plain_latex, r"\textbf{{{}}}"):
-            lines.append(head + texts)
-            if any(figures):
-                lines.append([r"\quad the paper", head[1], *figures])
-        header = ["weights", "", *map(plain_latex, table["columns"])]
-        body = [" & ".join(line) + r" \\" for line in [header, *lines]]
-        caption = caption_of(table).replace("In brackets: the paper's figure.", "")
+        title, papers = table.title, any(cell.paper for cell in table.cells)
+        title += ": mean over seeds ± 95 % interval" + "; in brackets the paper's" * papers
+        lines = lines_of(table, plain_latex, r"\textbf{{{}}}", " ({})")
+        header, *body = [" & ".join(line) + r" \\" for line in lines]
         parts.append("\n".join([
-            r"\begin{table*}", r"\centering",
-            rf"\caption{{{plain_latex(title_of(table).split('. ', 1)[1] + '. ' + caption)}}}",
-            rf"\label{{tab:rsbyol-{table['number']}}}",
+            r"\begin{table*}", r"\centering", rf"\caption{{{plain_latex(title)}.}}",
+            rf"\label{{tab:rsbyol-{table.number}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{ll{'r' * len(table['columns'])}}}", r"\toprule", body[0],
-            r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}}", r"\end{table*}", "",
+            rf"\begin{{tabular}}{{ll{'r' * len(table.columns)}}}", r"\toprule", header,
+            r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}", "",
         ]))  # fmt: skip
     return "\n".join(parts)
 
 
 def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV under the union of their keys; missing is a dash (pandas: na_values="-")."""
-    fields = list(dict.fromkeys(key for row in rows for key in row))
+    """CSV; missing is a dash (pandas: na_values="-"), no cell is a spreadsheet's formula."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, restval="-", lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        missing = ("", None)
-        writer.writerow({key: "-" if v in missing or v != v else v for key, v in row.items()})
+        for key, value in row.items():
+            if value in ("", None) or value != value:
+                row[key] = "-"
+            elif isinstance(value, str) and value[0] in "=+@-" and len(value) > 1:
+                row[key] = "'" + value
+        writer.writerow(row)
     return text.getvalue()
 
 
-def about_csv(table: dict) -> dict:
-    about = {"table": table["number"]} | table["settings"]
-    return about | {"classes": class_count(about["classes"])}
-
-
-def tables_csv(tables: list[dict]) -> str:
-    rows = []
-    for table in tables:
-        metrics = SHOWN[table["settings"]["stage"]]
-        for row, metric, column in itertools.product(table["rows"], metrics, table["columns"]):
-            cell = table["cells"][row["label"], metric, column]
-            names = {"weights": row["label"], "bands": column, "metric": metrics[metric]}
-            values = {"seeds": cell["n"], "mean": cell["mean"], "half_width_95": cell["half"]}
-            marks = {"paper": cell["paper"], "bold": cell["bold"]}
-            rows.append(about_csv(table) | names | values | marks)
-    return csv_text(rows)
-
-
-def tests_csv(tables: list[dict]) -> str:
-    kinds = (("paired", "paired t over bands"), ("welch", "Welch over seeds"),
-             ("pretrainings", "Welch over pre-trainings"))  # fmt: skip
-    rows = [about_csv(table) | {"test": name} | test
-            for table in tables for kind, name in kinds for test in table[kind]]  # fmt: skip
-    return csv_text(rows)
+def about(table: Table) -> dict:
+    """The columns that tables.csv and tests.csv begin with."""
+    r = table.first
+    settings = {key: getattr(r, key) for key in (*SECTION, *TABLE)}
+    return {"table": table.number} | settings | {"classes": len(r.classes)}
 
 
 # ---------------------------------------------------------------------------- plots
 
 # Okabe and Ito's colours for colour-blind readers; hatches tell bars apart in black and white
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555"]
-HATCHES = ["", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++"]
-MARKERS = "os^vDPX*"
-PAPER_MARK = {"marker": "D", "linestyle": "", "markersize": 3.5, "markerfacecolor": "white",
-              "markeredgecolor": "black"}  # fmt: skip
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
+HATCHES = ["", "///", "...", "\\\\\\", "xxx", "---", "ooo"]
+GREY = "#999999"  # random
 FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
         "svg.hashsalt": "rs-byol", "hatch.linewidth": 0.5,
         "text.parse_math": False}  # fmt: skip  # a name may hold dollars
@@ -880,280 +1003,281 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def legend_below(figure, axis, columns: int, size: int = 8) -> None:
-    """The labels of `axis` under all axes, in so many columns or in fewer that fit the width."""
-    handles, labels = axis.get_legend_handles_labels()
-    widest = (5 + 0.6 * max(map(len, labels))) * size / 72  # inches, the handle included
-    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size
-    )
+def short(text: str) -> str:
+    """A name that fits a figure; matplotlib leaves out of legends what begins with "_"."""
+    text = f" {text}" if text[:1] in ("_", "") else text
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def draw_bars(table: dict):
-    """A group of bars for each band, a bar for each row; the paper's figures as diamonds."""
-    rows, columns = table["rows"], table["columns"]
-    metrics = SHOWN[table["settings"]["stage"]]
-    width = max(5.0, min(11.0, 1.5 + 0.16 * len(columns) * (len(rows) + 1)))
-    figure, axes = new_figure(width, 2.9 * len(metrics) + 0.2 * len(rows), rows=len(metrics))
-    step = 0.84 / len(rows)
-    for axis, (metric, shown) in zip(axes, metrics.items(), strict=True):
-        for index, row in enumerate(rows):
-            cells = [table["cells"][row["label"], metric, column] for column in columns]
-            x = np.arange(len(columns)) + (index - (len(rows) - 1) / 2) * step
-            means = [cell["mean"] for cell in cells]
-            style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "black"}
-            axis.bar(x, means, step * 0.94, label=row["label"], linewidth=0.5, **style)
-            halves = [cell["half"] for cell in cells]
-            axis.errorbar(x, means, halves, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
-            paper = [float(cell["paper"] or "nan") for cell in cells]
-            axis.plot(x, paper, **PAPER_MARK)
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_ylabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
-    legend_below(figure, axes[0], 3)
+def legend_below(figure, labelled: dict[str, Any]) -> None:
+    """Artists by their labels under all axes, in as many columns as fit the width."""
+    labels = [*map(short, labelled)]
+    widest = (5 + 0.6 * max(map(len, labels), default=1)) * 8 / 72  # inches, the handle included
+    columns = max(1, min(4, int(figure.get_figwidth() / widest)))
+    figure.legend(list(labelled.values()), labels, loc="outside lower center", ncols=columns,
+                  frameon=False, fontsize=8)  # fmt: skip
+
+
+def draw_bars(tables: list[Table]):
+    """Every row and band of a section: a group for each band, a bar for each row that has it.
+
+    The floor `stats` is a line across its group; the paper's figures are diamonds. Past seven rows
+    the next go to a further panel; random weights stand in each.
+    """
+    columns = list(dict.fromkeys((t.number, c) for t in tables for c in t.columns))
+    rows = list(dict.fromkeys(row for t in tables for row in t.shown()))
+    names = {row: t.of(row)[0].name for t in tables for row in t.shown()}
+    floor = [row for row in rows if names[row] == "stats"]
+    drawn = [row for row in rows if names[row] == "random"]
+    others = [row for row in rows if row not in floor + drawn]
+    parts = [others[i : i + 7] for i in range(0, len(others), 7)] or [[]]
+    metrics = list(SHOWN[tables[0].first.stage].values())
+    cells = {(t.number, c.weights, c.metric, c.bands): c for t in tables for c in t.cells if c.n}
+    most = max(len(drawn + part) for part in parts)
+    slots = max(14, len(columns) * (most + 1))
+    figure, axes = new_figure(max(4.5, min(9.0, 0.8 + 0.2 * slots)),
+                              2.4 * len(metrics) * len(parts) + 0.1 * len(rows) + 0.3,
+                              rows=len(metrics) * len(parts))  # fmt: skip
+    legend: dict[str, Any] = {}
+    for axis, (metric, part) in zip(axes, itertools.product(metrics, parts), strict=True):
+        x, ticks, highest = 0.0, [], 0.0
+        for number, column in columns:
+            there = [r for r in drawn + part if (number, r, metric, column) in cells]
+            start = x
+            for row in there:
+                cell, place = cells[number, row, metric, column], others.index(row) % 7 \
+                    if row in others else None  # fmt: skip
+                style = {"color": GREY} if place is None else \
+                    {"color": COLOURS[place], "hatch": HATCHES[place]}  # fmt: skip
+                legend[row] = axis.bar(x, cell.mean, 0.9, edgecolor="black", linewidth=0.5, **style)
+                axis.errorbar(x, cell.mean, cell.half_width_95, fmt="none", ecolor="black",
+                              elinewidth=0.8, capsize=1.5)  # fmt: skip
+                if cell.paper:
+                    (legend["the paper"],) = axis.plot(
+                        x, float(cell.paper), "D", ms=3.5, mfc="white", mec="black")  # fmt: skip
+                highest = max(highest, cell.mean, float(cell.paper or 0))
+                x += 1
+            for row in floor:
+                if cell := cells.get((number, row, metric, column)):
+                    x = max(x, start + 1)
+                    legend[f"{row} (the floor)"] = axis.hlines(
+                        cell.mean, start - 0.6, x - 0.4, colors="black", linestyles="--", lw=1.2
+                    )
+                    highest = max(highest, cell.mean)
+            ticks.append((start + x - 1) / 2)
+            x += 1
+        small = 7 if len(columns) > 12 else 9
+        axis.set_xticks(ticks, [column for _, column in columns], fontsize=small)
+        space = max(0, 14 - x) / 2  # few bars stay narrow
+        axis.set(xlim=(-1 - space, x + space - 1), ylim=(0, 1.15 * highest or 1))
+        axis.set_ylabel(metric + (" (%)" if tables[0].first.stage == "segment" else ""))
+    legend_below(figure, legend)
     return figure
 
 
-def draw_dots(table: dict):
-    """The same for more rows than there are colours: a line for each, marks for the bands."""
-    rows, columns = table["rows"], table["columns"]
-    metrics = SHOWN[table["settings"]["stage"]]
-    height = 1.4 + max(0.22, 0.045 * len(columns)) * len(rows)
-    figure, axes = new_figure(10, height, columns=len(metrics), sharey=True)
-    for axis, (metric, shown) in zip(axes, metrics.items(), strict=True):
-        for index, column in enumerate(columns):
-            cells = [table["cells"][row["label"], metric, column] for row in rows]
-            y = np.arange(len(rows)) + 0.8 * (index - (len(columns) - 1) / 2) / len(columns)
-            means, halves = ([cell[key] for cell in cells] for key in ("mean", "half"))
-            style = {"color": COLOURS[index % 8], "fmt": MARKERS[(index + index // 8) % 8]}
-            axis.errorbar(means, y, xerr=halves, label=column, ms=4, elinewidth=0.8, **style)
-            paper = [float(cell["paper"] or "nan") for cell in cells]
-            axis.plot(paper, y, **PAPER_MARK)
-        axis.set_xlabel(shown + (" (%)" if table["settings"]["stage"] == "segment" else ""))
-        axis.grid(axis="y", linewidth=0.3)
-    axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    legend_below(figure, axes[0], 7)
+def overall(table: Table, row: str, bands: set[str]) -> tuple[float, float]:
+    """Mean over bands, and over seeds with its half width, of a row's first metric."""
+    metric, scale = next(iter(SHOWN[table.first.stage])), 10 ** (5 - 2 - digits_of(table))
+    found: dict[int, list[float]] = {}
+    for r in table.of(row):
+        if r.bands in bands:
+            found.setdefault(r.seed, []).append(scale * r.metrics[metric])
+    whole = [float(np.mean(v)) for v in found.values() if len(v) == len(bands)]
+    return summarise(whole, table.of(row)[0].overlap)
+
+
+def draw_lines(lines: dict[str, list[tuple]], flat: dict[str, tuple], labels: tuple[str, str]):
+    """Points (x, mean, half) as a line each; `flat`: (mean, half) of what has no x, as a band."""
+    figure, (axis,) = new_figure(6.5, 3.4)
+    legend: dict[str, Any] = {}
+    for index, (label, points) in enumerate(lines.items()):
+        x, y, half = np.array(sorted(points)).T
+        style = {"color": GREY} if label == "random" else {"color": COLOURS[index % 7]}
+        style |= {"linestyle": "--", "color": "black"} if label == "stats" else {}
+        legend[label] = axis.errorbar(x, y, half, marker="o", ms=3, lw=1, elinewidth=0.6, **style)
+    for label, (mean, half) in flat.items():
+        if label.startswith("stats"):
+            legend[f"{label} (the floor)"] = axis.axhline(mean, color="black", ls="--", lw=1)
+        else:
+            axis.axhline(mean, color=GREY, lw=1)
+            spread = 0 if math.isnan(half) else half
+            legend[label] = axis.axhspan(mean - spread, mean + spread, color=GREY, alpha=0.35)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    middles = [p[1] for points in lines.values() for p in points] + [m for m, _ in flat.values()]
+    axis.set_ylim(max(0, min(middles) - 0.15 * max(middles)), 1.15 * max(middles))
+    legend_below(figure, legend)
+    return figure, axis
+
+
+def draw_steps(table: Table):
+    """F1 against the length of pre-training, a line for each; None where all have one length."""
+    firsts = {row: table.of(row)[0] for row in table.rows}
+    lines: dict[tuple, list[str]] = {}
+    for row, r in firsts.items():
+        if r.recipe and not math.isnan(r.epoch):
+            lines.setdefault((r.recipe, r.pretraining, r.bn), []).append(row)
+    lines = {key: rows for key, rows in lines.items() if len(rows) > 1}
+    flat = [row for row in table.shown() if firsts[row].name in ("random", "stats")]
+    drawn = [*itertools.chain(*lines.values()), *flat]
+    bands = set(table.bands).intersection(*({r.bands for r in table.of(row)} for row in drawn))
+    if not lines or not bands:
+        return None
+    points = {}
+    for rows in lines.values():  # thin lines without whiskers
+        last = max(rows, key=lambda row: firsts[row].epoch)
+        points[last] = [(firsts[row].epoch, overall(table, row, bands)[0], 0.0) for row in rows]
+    labels = "epochs of pre-training", value_name(table, bands)
+    return draw_lines(points, {row: overall(table, row, bands) for row in flat}, labels)[0]
+
+
+def value_name(table: Table, bands: Iterable[str]) -> str:
+    metric = next(iter(SHOWN[table.first.stage].values()))
+    return f"{metric}, mean of {', '.join(b for b in table.bands if b in bands)}"
+
+
+def draw_labels(tables: list[Table]):
+    """F1 against the number of labelled images, a line for each row; None with one number only."""
+    rows = [{row: table for row in table.shown()} for table in tables]
+    lines: dict[str, list[tuple]] = {}
+    bands = set.intersection(*(set(t.bands) for t in tables))
+    for row in dict.fromkeys(itertools.chain(*rows)):
+        for table in tables:
+            found = {r.bands for r in table.of(row)}
+            x = table.first.train_images or table.first.config.get("train")
+            if bands and bands <= found and x:
+                lines.setdefault(row, []).append((float(x), *overall(table, row, bands)))
+    if len(tables) < 2 or not any(len(points) > 1 for points in lines.values()):
+        return None
+    labels = "labelled images to learn from", value_name(tables[0], bands)
+    figure, axis = draw_lines(lines, {}, labels)
+    axis.set_xscale("log")
+    places = sorted({int(x) for points in lines.values() for x, *_ in points})
+    axis.set_xticks(places, map(str, places))
+    axis.set_xticks([], minor=True)
     return figure
 
 
-@functools.cache
-def outline(text: str):
-    """A text of 6 points as a path around its middle, in points."""
-    from matplotlib.textpath import TextPath
-    from matplotlib.transforms import Affine2D
-
-    path = TextPath((0, 0), text, size=6)
-    return path.transformed(Affine2D().translate(*-path.get_extents().get_points().mean(0)))
-
-
-def draw_matrix(axis, values: np.ndarray, across: list[str], down: list[str]) -> None:
-    """A matrix of values in 0..1 in %: NaN stays white, what rounds to 0 has no digits."""
-    axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axis.spines[:].set_visible(False)
-    every = math.ceil(len(down) / 24)  # the 45 classes of RESISC45: every second name
-    axis.set_xticks(range(0, len(across), every), across[::every], rotation=90, fontsize=7)
-    axis.set_yticks(range(0, len(down), every), down[::every], fontsize=7)
-    if every > 1:
-        return
-    from matplotlib.collections import PathCollection
-    from matplotlib.transforms import IdentityTransform
-
-    alike: dict[tuple[str, str], list] = {}  # text and colour: places
-    for i, j in np.argwhere(values >= 0.005):
-        colour = "black" if values[i, j] > 0.5 else "white"
-        alike.setdefault((f"{100 * values[i, j]:.0f}", colour), []).append((j, i))
-    for (text, colour), places in alike.items():  # a text for each took half of all the time
-        style = {"color": colour, "linewidths": 0, "transform": IdentityTransform()}
-        where = {"offsets": places, "offset_transform": axis.transData}
-        axis.add_collection(PathCollection([outline(text)], [1], **style, **where), autolim=False)
-
-
-def draw_classes(table: dict):
-    """Classes by bands: IoU, mean over seeds, a panel for each row."""
-    rows, bands = table["rows"], [column for column in table["columns"] if column != "mean"]
-    found = [[[run["metrics"]["iou_per_class"] for run in row["runs"].get(band, {}).values()]
-              for band in bands] for row in rows]  # fmt: skip
-    names = list(
-        dict.fromkeys(name for row in found for cell in row for run in cell for name in run)
-    )
-    size = max(4.5, 2 + 0.45 * len(bands)), (0.9 + 0.2 * len(names)) * len(rows)
-    figure, axes = new_figure(*size, rows=len(rows))
-    for axis, row, cells in zip(axes, rows, found, strict=True):
-        values = np.full((len(names), len(bands)), np.nan)
+def draw_classes(table: Table):
+    """Classes by bands: IoU in %, mean over seeds, a panel for each row."""
+    rows = table.shown()
+    names = list(dict.fromkeys(name for r in table.results for name in r.per_class))
+    figure, axes = new_figure(max(4.5, 2 + 0.45 * len(table.bands)),
+                              (0.9 + 0.2 * len(names)) * len(rows), rows=len(rows))  # fmt: skip
+    for axis, row in zip(axes, rows, strict=True):
+        values = np.full((len(names), len(table.bands)), np.nan)
         for i, j in np.ndindex(values.shape):
-            there = [run[names[i]] for run in cells[j] if run.get(names[i]) is not None]
-            values[i, j] = np.mean(there) if there else np.nan
-        draw_matrix(axis, values, bands, names)
-        axis.set_title(f"{row['label']}: IoU (%)", fontsize=9)
+            found = [r.per_class.get(names[i], math.nan)
+                     for r in table.of(row) if r.bands == table.bands[j]]  # fmt: skip
+            found = [100 * value for value in found if value == value]
+            if found:
+                values[i, j] = np.mean(found)
+                style = {"color": "black" if values[i, j] > 50 else "white", "fontsize": 6,
+                         "ha": "center", "va": "center", "in_layout": False}  # fmt: skip
+                axis.text(j, i, f"{values[i, j]:.0f}", **style)
+        axis.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        axis.spines[:].set_visible(False)
+        axis.set_xticks(range(len(table.bands)), table.bands, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_title(f"{short(row)}: IoU (%)", fontsize=9)
     return figure
 
 
-def draw_confusions(table: dict):
-    """Row-normalised confusion, summed over seeds, at the bands with the best result of the table.
+def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """features float64 [n, D] and labels int [n] of at most 2,000 images, drawn with a fixed seed;
+    names of the classes, where the file has them. Without labels all are 0.
 
-    Up to three rows: random, then the best. Returns the figure and the bands.
+    ValueError says what no t-SNE can be made of: values that are not finite, fewer than two
+    columns, features that are all alike, as those of a collapsed encoder are.
     """
-    metric = next(iter(SHOWN[table["settings"]["stage"]]))
-    means = {(label, column): cell["mean"] for (label, m, column), cell in table["cells"].items()
-             if m == metric and column != "mean" and cell["n"]}  # fmt: skip
-    column = max(means, key=means.__getitem__)[1]
-    rows = [row for row in table["rows"] if column in row["runs"]]
-    rows.sort(key=lambda row: (row["name"] != RANDOM, -means[row["label"], column]))
-    figure, axes = new_figure(4 * len(rows[:3]), 3.9, columns=len(rows[:3]))
-    for axis, row in zip(axes, rows, strict=False):
-        runs = [run["metrics"] for run in row["runs"][column].values()]
-        total = np.array(runs[0]["confusion"], float)
-        for run in runs[1:]:
-            total += np.array(run["confusion"], float)
-        names = class_names(table, len(total))
-        counts = total.sum(1, keepdims=True)
-        shares = np.divide(total, counts, np.full_like(total, np.nan), where=counts > 0)
-        draw_matrix(axis, shares, names, names)
-        axis.set_title(f"{row['label']}, {column}", fontsize=9)
-        axis.set_xlabel("predicted")
-    axes[0].set_ylabel("true (rows sum to 100 %)")
-    return figure, column
-
-
-def class_names(table: dict, count: int) -> list[str]:
-    """Names of `count` classes, from the results' own list where it fits."""
-    names = table["settings"]["classes"]
-    if isinstance(names, list) and len(names) == count:
-        return [str(name) for name in names]
-    return [str(index) for index in range(count)]
-
-
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """features float32 [N, D] and labels int [N], from 0; ValueError says what is wrong."""
     with np.load(path, allow_pickle=False) as file:
-        if missing := {"features", "labels"} - set(file.files):
-            raise ValueError(f"it has no array {', '.join(sorted(missing))}")
-        features, labels = file["features"], file["labels"]
-    if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) < 4:
+        features = file["features"]
+        labels = file["labels"] if "labels" in file.files else np.zeros(len(features), int)
+        names = tuple(map(clean, file["classes"])) if "classes" in file.files else ()
+    if features.ndim != 2 or features.shape[1] < 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features {features.shape} and labels {labels.shape} do not fit")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or not np.isfinite(features).all():
-        raise ValueError("labels are no places of classes, or features hold NaN or infinity")
-    return features, labels
+    if features.dtype.kind != "f" or labels.dtype.kind not in "iu" or len(labels) < 12:
+        raise ValueError(f"{len(labels)} features of {features.dtype}, labels of {labels.dtype}")
+    kept = np.random.default_rng(0).permutation(len(labels))[:2000]
+    features, labels = features[kept].astype(np.float64), labels[kept]
+    if not np.isfinite(features).all():
+        raise ValueError("features hold NaN or infinity")
+    features /= max(np.abs(features).max(), 1e-300)
+    features -= features.mean(0)
+    if (spread := np.abs(features).max()) < 1e-6:
+        raise ValueError("all features are alike: a collapsed encoder?")
+    return features / spread, labels, names
 
 
-def draw_tsne(table: dict, faults: list[str]):
-    """t-SNE of the embeddings of the first seed at the bands that most rows have; None without any.
+def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: list[str]):
+    """t-SNE of embeddings, a panel for each file, on the first 50 principal components.
 
-    At most 2,000 images, drawn with a fixed seed; on the first 50 principal components.
+    Up to 20 classes have a colour each; of more, the names stand at the medians of their points.
     """
-    found: dict[str, list[tuple[str, Path]]] = {}
-    for row in table["rows"]:
-        for column, seeds in row["runs"].items():
-            if first := first_beside(seeds, "-embeddings.npz"):
-                found.setdefault(column, []).append((row["label"], first[1]))
-    column = max(found, key=lambda column: len(found[column]), default="")
     panels = []
-    for label, path in found.get(column, []):
+    for title, path in files:
         try:
-            panels.append((label, *read_embeddings(path)))
+            panels.append((title, *read_embeddings(path)))
         except Exception as error:  # np.load raises many kinds on broken archives
-            faults.append(f"{path}: no embeddings: {error}")
+            faults.append(f"{path}: no embeddings: {why(error)}")
     if not panels:
         return None
+    import matplotlib
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
-    figure, axes = new_figure(3.4 * len(panels), 4.2, columns=len(panels))
-    count = max(table["settings"]["confusion"], *(1 + labels.max() for *_, labels in panels))
-    for axis, (label, features, labels) in zip(axes, panels, strict=True):
-        drawn = np.random.default_rng(0).permutation(len(labels))[:2000]
-        features, labels = features[drawn], labels[drawn]
+    figure, axes = new_figure(3 * len(panels), 3.4, columns=len(panels))
+    colours, legend = matplotlib.colormaps["tab20"].colors, {}
+    classes = np.unique(np.concatenate([labels for _, _, labels, _ in panels]))
+    names = names or panels[0][3]
+    word = {c: names[c] if 0 <= c < len(names) else str(c) for c in classes.tolist()}
+    for axis, (title, features, labels, _) in zip(axes, panels, strict=True):
         features = PCA(min(50, *features.shape), random_state=0).fit_transform(features)
-        tsne = TSNE(perplexity=min(30, (len(labels) - 1) / 3), init="pca", random_state=0)
-        points = tsne.fit_transform(features)
-        for index, name in enumerate(class_names(table, count)):
-            style = {"color": COLOURS[index % 8], "marker": MARKERS[(index + index // 8) % 8]}
-            axis.scatter(*points[labels == index].T, 10, label=name, linewidths=0.1, **style)
-        axis.set_title(f"{label}, {column}", fontsize=9)
+        tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
+        with threadpool_limits(1):  # on a busy machine its threads wait for each other
+            points = tsne.fit_transform(features)
+        for index, c in enumerate(classes.tolist()):
+            mine = points[labels == c]
+            if len(classes) <= 20:
+                legend[word[c]] = axis.scatter(*mine.T, 8, color=colours[index], linewidths=0)
+            elif len(mine):
+                axis.scatter(*mine.T, 4, color=colours[index % 20], linewidths=0, alpha=0.4)
+                axis.text(*np.median(mine, axis=0), word[c], fontsize=5, ha="center")
+        axis.set_title(short(title), fontsize=8)
         axis.set(xticks=[], yticks=[])
-    legend_below(figure, axes[0], 5, 7)
+    if legend:
+        legend_below(figure, legend)
     return figure
 
 
-def draw_runs(runs: list[dict]):
-    """Loss, spread of the projection, learning rate by step; dotted where the schedule restarts."""
-    labels = {"loss": "loss", "std": "std of the projection", "lr": "learning rate"}
-    figure, axes = new_figure(8, 6.4, rows=3, sharex=True)
-    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+def draw_runs(runs: list[Run]):
+    """What pre-training logged, by step; dotted where the schedule restarts."""
+    shown = [key for key in LOGGED if any(np.isfinite(run.log[key]).any() for run in runs)]
+    rows = -(-len(shown) // 2)
+    figure, axes = new_figure(9, 2.1 * rows + 0.6, rows=rows, columns=2)
+    legend: dict[str, Any] = {}
+    for axis, key in itertools.zip_longest(axes, shown):
+        if key is None:
+            axis.set_axis_off()
+            continue
         for index, run in enumerate(runs):
-            step, values = np.array(run["step"]), np.array(run[key])
-            many = max(1, len(step) // 1000)  # a point is the mean of so many lines of the log
+            there = np.isfinite(run.log[key])
+            step, values = run.log["step"][there], run.log[key][there]
+            many = max(1, len(step) // 500)  # a point is the mean of so many lines of the log
             cut = len(step) // many * many
             x, y = (v[:cut].reshape(-1, many).mean(1) for v in (step, values))
-            style = {"color": COLOURS[index % 8], "linestyle": ["-", "--", "-."][index // 8 % 3]}
-            axis.plot(x, y, linewidth=1.2, label=run["name"] if key == "loss" else None, **style)
-            # within a cycle of the cosine the rate only falls
-            for restart in step[1:][np.diff(run["lr"]) > 0]:
-                axis.axvline(restart, linestyle=":", linewidth=0.8, color=style["color"])
-        axis.set_ylabel(label)
-    axes[-1].set_xlabel("step (dotted: restart of the learning rate)")
-    axes[1].set_ylim(bottom=0)
-    legend_below(figure, axes[0], 3)
+            style = {"color": COLOURS[index % 7], "ls": ["-", "--", "-."][index // 7 % 3]}
+            (line,) = axis.plot(x, y, lw=1, marker="." if len(x) < 40 else "", **style)
+            name = run.name if [r.name for r in runs].count(run.name) == 1 else str(run.folder)
+            legend[clean(name)] = line
+            if key == "lr":  # within a cycle of the cosine the rate only falls
+                for restart in step[1:][np.diff(values) > 0]:
+                    axis.axvline(restart, linestyle=":", lw=0.6, color=style["color"])
+        axis.set(xlabel="step", ylabel=LOGGED[key])
+        if key in ("std", "match"):
+            axis.set_ylim(bottom=0)
+    legend_below(figure, legend)
     return figure
-
-
-def first_beside(seeds: dict[int, dict], ending: str) -> tuple[int, Path] | None:
-    """The first seed whose result NAME.json has NAME + `ending` beside it, and that file."""
-    for seed in sorted(seeds):
-        path = seeds[seed]["path"]
-        if (file := path.with_name(path.stem + ending)).exists():
-            return seed, file
-    return None
-
-
-def read_sheet(path: Path, faults: list[str]) -> bytes:
-    """A CAM or map sheet as it is; b"" if it is no PNG."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-        return path.read_bytes()
-    except Exception as error:  # PIL raises many kinds on broken files
-        faults.append(f"{path}: no PNG: {error}")
-        return b""
-
-
-def sheets(table: dict, faults: list[str]) -> list[tuple[str, bytes]]:
-    """The CAM and map sheets of a table: the first seed that has one, for each row and bands."""
-    found = []
-    for ending, what in (("-cam.png", "class activation"), ("-maps.png", "maps")):
-        for row, column in itertools.product(table["rows"], table["columns"]):
-            if first := first_beside(row["runs"].get(column, {}), ending):
-                caption = f"{row['label']}, {column}, seed {first[0]}: {what}"
-                found.append((caption, read_sheet(first[1], faults)))
-    return [(caption, data) for caption, data in found if data]
-
-
-def draw_figures(table: dict, tsne: bool, faults: list[str]) -> list[tuple[str, str, object]]:
-    """Every figure of a table: (name of its files, caption, matplotlib figure)."""
-    settings, place = table["settings"], settings_of(table)
-    stem = (
-        f"{table['number']:02d}-{settings['stage']}-{settings['dataset']}-{settings['channels']}ch"
-    )
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)
-    figures = []
-    caption = f"{' and '.join(SHOWN[settings['stage']].values())} by bands; whiskers: 95 % interval"
-    if any(cell["paper"] for cell in table["cells"].values()):
-        caption += "; diamonds: the paper"
-    draw = draw_bars if len(table["rows"]) <= len(COLOURS) else draw_dots
-    figures.append((f"{stem}-bands", f"{caption}. {place}.", draw(table)))
-    if settings["stage"] == "segment":
-        caption = f"IoU by class and band, mean over seeds. {place}."
-        figures.append((f"{stem}-classes", caption, draw_classes(table)))
-    figure, column = draw_confusions(table)
-    caption = f"Confusion in % of the true class, all seeds, at the best bands ({column}). {place}."
-    figures.append((f"{stem}-confusion", caption, figure))
-    if tsne and (figure := draw_tsne(table, faults)):
-        caption = f"t-SNE of the embeddings, at most 2,000 images, first seed. {place}."
-        figures.append((f"{stem}-tsne", caption, figure))
-    return figures
 
 
 def figure_bytes(figure) -> tuple[bytes, bytes]:
@@ -1170,210 +1294,184 @@ def figure_bytes(figure) -> tuple[bytes, bytes]:
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8885}
-body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:0 auto;padding:1rem;
+body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:0 auto;padding:1rem;
 overflow-wrap:anywhere}h1{font-size:1.5rem}
 h2{font-size:1.15rem;margin-top:2.5rem;border-top:1px solid var(--line);padding-top:1rem}
 .scroll{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;font-size:.85rem;overflow-wrap:normal}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);
-white-space:nowrap;vertical-align:top;font-variant-numeric:tabular-nums}
-thead th{border-bottom-width:2px}th:first-child,td.text{text-align:left}
-th[scope=row]{position:sticky;left:0;background:Canvas;font-weight:500}
+table{border-collapse:collapse;font-size:.8rem}
+th,td{padding:.25rem .4rem;text-align:left;border-bottom:1px solid var(--line);
+vertical-align:top}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+thead th{border-bottom-width:2px;overflow-wrap:normal}th[scope=row]{font-weight:500;min-width:7rem}
 small,figcaption,.note{font-size:.8rem;opacity:.8}figure{margin:1.5rem 0}
-figure img{background:#fff;display:block;max-width:100%}
-.verdict{border-left:4px solid #0072b2;padding:.2rem 1rem .2rem 2rem}
+figure img{background:#fff;display:block;max-width:100%;height:auto}
+.sheets{display:flex;flex-wrap:wrap;gap:1rem}.sheets figure{max-width:36rem;margin:0}
+.verdict{border-left:4px solid #0072b2;padding:.2rem 1rem}
 details{margin:.5rem 0}summary{cursor:pointer}
-@media(max-width:40rem){figure img{min-width:36rem;max-width:none}
-th[scope=row]{white-space:normal;min-width:6rem}}
 """
 
 
 def escape(text: object) -> str:
-    return html.escape(str(text))
+    return html.escape(clean(text))
 
 
-def html_table(header: list[str], rows: list[list[str]], text: int) -> str:
-    """A table of cells that are HTML already; the first `text` columns are set flush left."""
+def html_table(header: list[str], rows: list[list[str]], numbers: int) -> str:
+    """A table of cells that are HTML already; the first is a heading, the last so many numbers."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = ""
     for first, *cells in rows:
-        line = [f"<td{' class=text' * (i < text)}>{cell}</td>" for i, cell in enumerate(cells, 1)]
+        line = [f"<td{' class=n' * (i >= len(cells) - numbers)}>{cell}</td>"
+                for i, cell in enumerate(cells)]  # fmt: skip
         body += f'<tr><th scope="row">{first}</th>{"".join(line)}</tr>\n'
-    return (f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+    return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
             f"<tbody>{body}</tbody></table></div>\n")  # fmt: skip
 
 
-def html_of_text(header: list[str], rows: list[list[str]], text: int) -> str:
-    escaped = [[escape(cell) for cell in row] for row in [header, *rows]]
-    return html_table(escaped[0], escaped[1:], text)
-
-
-def html_image(kind: str, data: bytes, caption: str) -> str:
+def html_image(kind: str, data: bytes, text: str) -> str:
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    image = f'<img src="{source}" alt="{escape(caption)}">'
-    return (f'<figure><div class="scroll" tabindex="0">{image}</div>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>\n")  # fmt: skip
+    return (f'<figure><img src="{source}" alt="{escape(text)}">'
+            f"<figcaption>{escape(text)}</figcaption></figure>\n")  # fmt: skip
 
 
 def html_details(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>\n" if body else ""
 
 
-def html_settings(table: dict) -> str:
-    """The results' config, versions and weights: what all share, then what differs."""
-    cells = [(row["label"], column, seeds) for row in table["rows"]
-             for column, seeds in row["runs"].items()]  # fmt: skip
-    values: dict[str, list[set[str]]] = {}  # setting: the values found in each cell
-    for index, (*_, seeds) in enumerate(cells):
-        for result in seeds.values():
-            for part in ("weights", "config", "versions"):
-                entries = result.get(part)
-                for key, value in entries.items() if isinstance(entries, dict) else ():
-                    text = value if isinstance(value, str) else json.dumps(value)
-                    text = text if len(text) <= 90 else text[:87] + "..."
-                    values.setdefault(f"{part}.{key}", [set() for _ in cells])[index].add(text)
-    same = {key: found[0] for key, found in values.items()
-            if len(found[0]) == 1 and all(other == found[0] for other in found)}  # fmt: skip
-    differ = [key for key in values if key not in same]
-    shared = "; ".join(f"{escape(key)} = {escape(*value)}" for key, value in same.items())
-    rows = []
-    for index, (label, column, seeds) in enumerate(cells):
-        line = [label, column, ", ".join(map(str, sorted(seeds)))]
-        rows.append(line + [" | ".join(sorted(values[key][index])) or DASH for key in differ])
-    body = html_of_text(["weights", "bands", "seeds", *differ], rows, len(differ) + 3)
-    return html_details("Settings and versions", f"<p class=note>In all: {shared}.</p>{body}")
+def html_results(table: Table) -> str:
+    header, *rows = lines_of(table, escape, "<b>{}</b>", "<br><small>({})</small>")
+    rows = [[cell.replace(" ± ", "<br>± ") for cell in row] for row in rows]
+    return html_table(header, rows, len(table.columns))
 
 
-def html_section(table: dict, figures: str, pictures: str) -> str:
-    digits = digits_of(table)
-    paired = html_of_text(PAIRED_HEADER, test_rows(table["paired"], digits), 3)
-    welch, over = (html_of_text(WELCH_HEADER, test_rows(table[kind], digits, band=True), 4)
-                   for kind in ("welch", "pretrainings"))  # fmt: skip
-    return "".join([
-        f"<h2>{escape(title_of(table))}</h2>\n",
-        html_table(*result_rows(table, escape, "<b>{}</b>", "<br><small>({})</small>"), 2),
-        f"<p class=note>{escape(caption_of(table))}</p>\n",
-        html_details("Paired t-tests over bands", paired if table["paired"] else ""),
-        html_details("Welch's t-tests over seeds, by band", welch if table["welch"] else ""),
-        html_details("Welch's t-tests over pre-trainings of one recipe (mean of the probe's seeds "
-                     "each; random and scratch: new weights each seed), by band",
-                     over if table["pretrainings"] else ""),
-        html_settings(table), figures, html_details("Sheets of single images", pictures),
-    ])  # fmt: skip
+def html_tests(table: Table) -> str:
+    """The tests over all bands in common; those of each band are in tests.csv."""
+    digits, rows = digits_of(table), []
+    for t in table.tests:
+        if t.bands == "mean":
+            interval = f"{fixed(t.low_holm, digits)} to {fixed(t.high_holm, digits)}"
+            rows.append([t.metric, t.kind, t.a, t.b, t.note or t.method, t.n,
+                         fixed(t.difference, digits), interval, fixed(t.t, 2), fixed(t.df, 1),
+                         p_text(t.p), p_text(t.p_holm),
+                         f"{fixed(t.d, 2)} {t.effect}" * (t.d == t.d) or DASH])  # fmt: skip
+    header = ["", "", "a", "b", "test", "n", "a − b", "95 % interval (Holm)", "t", "df", "p",
+              "p (Holm)", "Cohen's d"]  # fmt: skip
+    rows = [[escape(cell) for cell in row] for row in rows]
+    note = ("<p class=note>Holm's correction runs over the pairs against random, those against "
+            "stats and all others apart; the interval is corrected as its p is. Bands of one "
+            "sensor are alike: p over bands is too small.</p>")  # fmt: skip
+    return html_details("Tests", html_table(header, rows, 7) + note) if rows else ""
 
 
-def synthetic_lines(tables: list[dict], runs: list[dict]) -> list[str]:
-    """Which images were synthetic: of the tables, of the encoders' pre-training, of the runs."""
-    results = [(table, result) for table in tables for row in table["rows"]
-               for seeds in row["runs"].values() for result in seeds.values()]  # fmt: skip
-    tested = [f"table {t['number']}" for t in tables if t["settings"]["synthetic"]]
-    trained = sorted({result["weights"]["name"] for _, result in results
-                      if is_true(result["config"].get("encoder_synthetic"))})  # fmt: skip
-    ran = [run["name"] for run in runs if '"synthetic": true' in json.dumps(run["config"])]
-    lines = [
-        (tested, "Synthetic images, made by a program"),
-        (trained, "Pre-trained on synthetic tiles"),
-        (ran, "Pre-training runs on synthetic tiles"),
-    ]
-    said = [f"{what}: {', '.join(names)}." for names, what in lines if names]
-    return said or ["No result here says that its images were synthetic."]
+def beside(r: Result, ending: str) -> Path | None:
+    path = r.path.with_name(r.path.stem + ending)
+    return path if path.exists() else None
 
 
-def page(
-    tables: list[dict], sections: list[str], runs: list[dict], curves: str, faults: list[str]
-) -> str:
-    """The whole report as one HTML page that loads nothing."""
-    said = "".join(f"<li>{escape(line)}</li>" for table in tables for line in verdicts(table))
-    versions = {
-        "Python": platform.python_version(),
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-    }
-    settings = ""
-    for run in runs:
-        inner = run["config"].get("settings")
-        flat = run["config"] | inner if isinstance(inner, dict) else run["config"]
-        rows = [[key, json.dumps(flat[key])[:200]] for key in flat if flat[key] is not inner]
-        settings += html_details(
-            f"Settings of run {run['name']}", html_of_text(["setting", "value"], rows, 2)
-        )
-    paper = "".join(f"<p>{escape(title)}</p>{html_of_text(header, rows, 2 if '' in header else 1)}"
-                    for title, header, rows in paper_tables())  # fmt: skip
-    left_out = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
-    return "".join([
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n',
-        '<link rel="icon" href="data:,"><title>RS-BYOL report</title>',
-        f"<style>{STYLE}</style></head>\n",
-        "<body><h1>RS-BYOL: what the encoders learnt</h1>\n",
-        f"<p>{escape(' '.join(synthetic_lines(tables, runs)))}</p>\n",
-        f"<ul class=verdict>{said}</ul>\n",
-        *sections,
-        f"<h2>Pre-training</h2>\n{curves}{settings}" if runs else "",
-        "<h2>The paper's own tables</h2>\n",
-        html_details("Tables I to III, and t-tests on Table I", paper),
-        f"<h2>Left out</h2>\n<ul>{left_out}</ul>\n" if faults else "",
-        "<p class=note>Bands of one sensor are alike, and seeds redraw head, split and subset, not "
-        "the pre-training: the tests know of neither, but for those over pre-trainings. "
-        "Made by analyze.py, "
-        f"{escape(', '.join(f'{name} {version}' for name, version in versions.items()))}.</p>\n",
-        "</body></html>\n",
-    ])  # fmt: skip
+def read_sheet(path: Path) -> bytes:
+    """A PNG as it is; raises whatever PIL does if it is none."""
+    from PIL import Image
+
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()
+    return path.read_bytes()
+
+
+def section_files(tables: list[Table]) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
+    """(Caption, file) of example sheets, one of each kind a row; (title, file) of embeddings."""
+    sheets, embeddings = {}, {}
+    for table in tables:
+        for row in table.shown():
+            members = [row, *table.recipes.get(row, [])]
+            for r in sorted((r for m in members for r in table.of(m)), key=lambda r: r.seed):
+                for ending, what in (("-maps.png", "maps"), ("-cam.png", "class activation")):
+                    if not r.pooled and (path := beside(r, ending)):
+                        sheets.setdefault((row, ending), (f"{row}, {r.bands}, seed {r.seed}: "
+                                                          f"{what}", path))  # fmt: skip
+                if not r.pooled and (path := beside(r, "-embeddings.npz")):
+                    embeddings.setdefault(row, (f"{row}, {r.bands}", path))
+    return list(sheets.values())[:4], list(embeddings.values())[:4]
+
+
+class Page:
+    """The figures of a report, drawn one by one: what fails is named and left out."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults = faults
+
+    def figure(self, name: str, text: str, draw: Callable, *args: Any) -> str:
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)
+        try:
+            if (figure := draw(*args)) is None:
+                return ""
+            png, svg = figure_bytes(figure)
+        except Exception as error:  # one odd input costs its figure, never the report
+            self.faults.append(f"figure {name}: {why(error)}")
+            return ""
+        self.files |= {f"{name}.png": png, f"{name}.svg": svg}
+        return html_image("svg+xml", svg, text)
+
+    def sheet(self, text: str, path: Path) -> str:
+        try:
+            return html_image("png", read_sheet(path), text)
+        except Exception as error:  # PIL raises many kinds on broken files
+            self.faults.append(f"{path}: no PNG: {why(error)}")
+            return ""
+
+
+def main_of(tables: list[Table]) -> list[Table]:
+    """The tables of a section that learnt from most labels: of one channel, of three."""
+    return [t for t in tables if t.first.train_images == tables[0].first.train_images]
+
+
+def html_section(page: Page, tables: list[Table], tsne: bool) -> str:
+    """A section's answer with its figures and examples."""
+    first, title = tables[0].first, tables[0].title
+    stem = f"{tables[0].number:02d}-{first.stage}-{first.dataset}"
+    metrics = " and ".join(SHOWN[first.stage].values())
+    sheets, embeddings = section_files(main_of(tables))
+    parts = [
+        f"<h2>{escape(title)}</h2>\n",
+        f"<p class=verdict>{escape(verdict(tables).removeprefix(title + ': '))}</p>\n",
+        page.figure(f"{stem}-bars", f"{metrics} by bands; whiskers: 95 % interval", draw_bars,
+                    main_of(tables)),
+        *(page.figure(f"{stem}-{t.first.channels}ch-labels", "By number of labelled images",
+                      draw_labels, [u for u in tables if u.first.channels == t.first.channels])
+          for t in main_of(tables)),
+        *(page.figure(f"{stem}-{t.first.channels}ch-steps", "By length of pre-training; grey: "
+                      "random weights and their 95 % interval", draw_steps, t)
+          for t in main_of(tables)),
+        *(page.figure(f"{stem}-{t.first.channels}ch-classes", "IoU by class and band, mean over "
+                      "seeds", draw_classes, t)
+          for t in main_of(tables) if first.stage == "segment"),
+        '<div class=sheets>', *(page.sheet(*sheet) for sheet in sheets), "</div>",
+    ]  # fmt: skip
+    if embeddings and tsne:
+        parts.append(page.figure(f"{stem}-tsne", "t-SNE of the test images' embeddings",
+                                 draw_tsne, embeddings, first.classes, page.faults))  # fmt: skip
+    return "".join(parts)
+
+
+def html_tables(tables: list[Table]) -> str:
+    return "".join(f"<h3>{escape(caption(t))}</h3>\n{html_results(t)}<p class=note>"
+                   f"{escape(notes(t))}</p>\n{html_tests(t)}" for t in tables)  # fmt: skip
+
+
+def synthetic_line(results: list[Result], runs: list[Run]) -> str:
+    """What was synthetic, if anything was."""
+    found = {DATASETS.get(r.dataset, r.dataset) for r in results if r.synthetic}
+    found |= {f"the tiles that {r.name} learnt from" for r in results if r.pretrained_on_synthetic}
+    found |= {f"the tiles of run {run.name}" for run in runs if run.synthetic}
+    return f"Synthetic, made by a program: {', '.join(sorted(found))}." if found else ""
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-# >>> shared: files
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-# <<< shared: files
-
-
-def earlier_report(out: Path) -> set[str]:
-    """The files of an earlier report in `out`; ends with status 2 where `out` is something else."""
-    try:
-        if not out.exists() or all((out / name / MARKER).exists() for name in os.listdir(out)):
-            return set()  # new, empty, or a folder of reports: report/ beside report/demo
-        names = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        if type(names) is list and all(type(n) is str and n == Path(n).name for n in names):
-            return set(names)
-    except (OSError, ValueError):
-        pass
-    fail(2, f"--out {out} is no earlier report (it has no {MARKER}): name a new or an empty folder")
-
-
-def write_report(out: Path, files: dict[str, bytes], earlier: set[str]) -> None:
-    """Write `files`, then remove what only the earlier report had. Touches no other file."""
-    for name in files:
-        if name not in earlier and (out / name).exists():
-            fail(2, f"{out / name} was not written by analyze.py: move it, or name another --out")
-
-    def mark(names: set[str]) -> None:
-        text = json.dumps(sorted(names), indent=1) + "\n"
-        write_atomic(out / MARKER, lambda path: path.write_text(text))
-
-    mark(earlier | set(files))  # a run that is killed leaves a folder which the next one may fill
-    for name, data in files.items():
-        write_atomic(out / name, functools.partial(Path.write_bytes, data=data))
-    for name in earlier - set(files):
-        (out / name).unlink(missing_ok=True)
-    mark(set(files))
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file whole: a reader, or the next run after a kill, sees the old or the new."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_bytes(data)
+    os.replace(beside, path)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -1381,73 +1479,107 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("results", nargs="?", type=Path, help="folder with the JSON of probe.py and segment.py")
-    add("--out", type=Path, default=Path("report"), help="new, empty, or an earlier report")
+    add("results", type=Path, help="folder with the JSON of probe.py and segment.py")
+    add("--out", type=Path, default=Path("report"), help="folder of the report (report)")
     add("--runs", type=Path, help="folder with the runs of pretrain.py (log.jsonl)")
     add("--no-tsne", action="store_true", help="leave out the t-SNE, the one slow figure")
-    add("--paper", action="store_true", help="print the paper's tables and end")
     args = parser.parse_args(argv)
-    if not args.paper and args.results is None:
-        fail(2, "no folder of results: python analyze.py results/ --out report/")
     for folder, writer in ((args.results, "probe.py and segment.py"), (args.runs, "pretrain.py")):
         if folder is not None and not folder.is_dir():
             fail(2, f"no folder {folder}: name the one that {writer} wrote to")
     return args
 
 
+def without_synthetic(things: list, said: list[str], what: str) -> list:
+    """Synthetic data, such as the demo's, never stand beside real ones in a report."""
+    real = [thing for thing in things if not thing.synthetic]
+    if real and len(real) < len(things):
+        said.append(f"{len(things) - len(real)} {what} on synthetic images are left out: give "
+                    "their folder alone for a report on them")  # fmt: skip
+    return real or things
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.paper:
-        print("\n".join(markdown_of_text(*table) for table in paper_tables()))
-        return 0
-    earlier = earlier_report(args.out)
     faults: list[str] = []
-    tables = build_tables(read_results(find_files(args.results, faults), faults), faults)
-    logs = [p for p in find_files(args.runs, faults) if p.name == "log.jsonl"] if args.runs else []
-    runs = [run for run in (read_run(log, faults) for log in logs) if run["step"]]
-    if not tables and not runs:
+    said: list[str] = []
+    paths = find_files(args.results, faults)
+    results = without_synthetic(read_results(paths, faults), said, "results")
+    runs = []
+    for log in find_files(args.runs, faults) if args.runs else []:
+        if log.name == "log.jsonl":
+            try:
+                run = read_run(log, faults)
+                runs += [run] if len(run.log["step"]) else []
+            except Exception as error:  # whatever a stranger's file leads to, it is named
+                faults.append(f"{log}: the run cannot be read: {why(error)}")
+    runs = without_synthetic(runs, said, "runs")
+    if not results and not runs:
         for fault in faults:
-            print(f"analyze.py: left out: {fault}", file=sys.stderr)
+            print(clean(f"analyze.py: left out: {fault}"), file=sys.stderr)
         fail(1, f"{args.results} holds no result that can be read: nothing to report")
     try:
         args.out.mkdir(parents=True, exist_ok=True)  # now, not after the minutes of a t-SNE
     except OSError as error:
         fail(2, f"--out {args.out}: {error.strerror}")
+    sections = build_tables(results, faults)
+    for tables in sections:
+        print(verdict(tables), flush=True)
 
     import matplotlib
 
-    files: dict[str, bytes] = {}
-
-    def keep(name: str, caption: str, figure) -> str:
-        files[f"{name}.png"], files[f"{name}.svg"] = figure_bytes(figure)
-        return html_image("svg+xml", files[f"{name}.svg"], caption)
-
-    sections = []
+    warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
+    page = Page(faults)
     with matplotlib.rc_context(FONT):
-        for table in tables:
-            figures = [keep(*entry) for entry in draw_figures(table, not args.no_tsne, faults)]
-            pictures = [html_image("png", data, caption) for caption, data in sheets(table, faults)]
-            sections.append(html_section(table, "".join(figures), "".join(pictures)))
-        caption = "Pre-training, by step. The spread falls to 0 where the projection collapses."
-        curves = keep("runs", caption, draw_runs(runs)) if runs else ""
-
-    texts = {
-        "tables.md": tables_markdown(tables), "tables.tex": tables_latex(tables),
-        "tables.csv": tables_csv(tables), "tests.csv": tests_csv(tables),
-        "index.html": page(tables, sections, runs, curves, faults),
-    }  # fmt: skip
-    files |= {name: text.encode() for name, text in texts.items()}
+        answers = [html_section(page, tables, not args.no_tsne) for tables in sections]
+        loose = [(clean(p.stem), p) for p in paths
+                 if p.suffix == ".npz" and not p.stem.endswith("-embeddings")][:4]  # fmt: skip
+        curves = ""
+        if loose and not args.no_tsne:
+            text = "t-SNE of embeddings"
+            answers.append(page.figure("tsne", text, draw_tsne, loose, (), faults))
+        if runs:
+            text = "Pre-training, by step. The std falls to 0 where the projection collapses."
+            curves = page.figure("runs", text, draw_runs, runs)
+            for run in runs[:4]:
+                if (views := run.folder / "views.png").exists():
+                    text = f"{run.name}: pairs as they are, and as the networks see them"
+                    curves += page.sheet(text, views)
+    every = [table for tables in sections for table in tables]
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    left_out = "".join(f"<li>{escape(fault)}</li>" for fault in said + faults)
+    text = "".join([
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n',
+        '<link rel="icon" href="data:,"><title>RS-BYOL report</title>',
+        f"<style>{STYLE}</style></head>\n<body><h1>RS-BYOL: what the encoders learnt</h1>\n",
+        f"<p>{escape(synthetic_line(results, runs))}</p>\n",
+        *answers,
+        f"<h2>Pre-training</h2>\n{curves}" if runs else "",
+        "<h2>Tables and tests</h2>\n" if sections else "", *map(html_tables, sections),
+        f"<h2>Left out</h2>\n<ul>{left_out}</ul>\n" if left_out else "",
+        f"<p class=note>Made by analyze.py, {escape(versions)}.</p>\n</body></html>\n",
+    ])  # fmt: skip
+    cells = [about(t) | asdict(cell) for t in every for cell in t.cells]
+    tests = [about(t) | asdict(test) for t in every for test in t.tests]
+    texts = {"tables.md": tables_markdown(sections), "tables.tex": tables_latex(every),
+             "tables.csv": csv_text(cells), "tests.csv": csv_text(tests),
+             "index.html": text}  # fmt: skip
     try:
-        write_report(args.out, files, earlier)
+        for name, data in (page.files | {n: t.encode() for n, t in texts.items()}).items():
+            write_file(args.out / name, data)
     except OSError as error:
         fail(1, f"--out {args.out}: {error.strerror}; the report is not complete")
-    for table in tables:
-        print("\n".join(verdicts(table)))
+    for line in said:
+        print(clean(line))
     for fault in faults:
-        print(f"analyze.py: left out: {fault}", file=sys.stderr)
-    print(f"{args.out / 'index.html'}")
+        print(clean(f"analyze.py: left out: {fault}"), file=sys.stderr)
+    print(clean(str(args.out / "index.html")))
     return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        fail(130, "interrupted; the same command writes the report anew")
