@@ -1233,17 +1233,22 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """main, with one line for what may fail in any place: a disk, memory, an early Ctrl-C."""
     try:
         status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(status)
-    except KeyboardInterrupt:  # before there was anything to save
-        sys.exit(130)
-    except (OSError, bandcrop.TileError) as error:  # a full or vanished disk
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, bandcrop.TileError) as error:
         fail(1, reason(error))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         fail(1, f"out of memory: use a smaller --batch-size or --size: {reason(error)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run())
