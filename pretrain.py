@@ -130,7 +130,7 @@ def number(kind: type, low: float, high: float = math.inf, count: int = 1) -> Ca
 
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        none = action.default in (None, False, argparse.SUPPRESS)
+        none = action.default is False or action.default in (None, argparse.SUPPRESS)
         return str(action.help) + ("" if none else " (default: %(default)s)")
 
 
@@ -1003,7 +1003,7 @@ def progress(record: dict, left: float) -> str:
     """A line of 80 columns or fewer."""
     speed = record["timing"]["pairs_per_second"]
     return (
-        f"epoch {record['epoch']:.1f} loss {record['loss']:.3f} cosine {record['cosine']:.2f} "
+        f"epoch {record['epoch']:.1f} loss {record['loss']:.2f} cosine {record['cosine']:.2f} "
         f"spread {record['std']:.3f} {speed:.{1 if speed < 100 else 0}f} pairs/s "
         f"wait {100 * record['timing']['data_wait']:.0f}% left {duration(left)}"
     )
@@ -1062,7 +1062,8 @@ def judge(record: dict, args: argparse.Namespace) -> None:
              "lower --lr")  # fmt: skip
     epoch, within = divmod(record["epoch"], 1)
     ends = not within and not in_cycle(int(epoch), args.restart_epochs, args.restart_mult)[0]
-    if ends and record["cosine"] > 0.6 and args.views == "ms-sar":
+    late = record["step"] >= 1000  # before, the cosine tells nothing
+    if ends and late and record["cosine"] > 0.6 and args.views == "ms-sar":
         warn(f"cosine is {record['cosine']:.2f} at a cycle's end: of twelve runs those that learnt "
              "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (README)")  # fmt: skip
 

@@ -1,8 +1,8 @@
 """What runs on a GPU, run on FakeTensorMode's cuda tensors: no GPU is needed, nothing is computed.
 
-A tensor left on the CPU fails, and so does what makes the host wait for the GPU: .item(), .tolist(),
-.cpu(), nonzero, a mask as an index. The backward pass is torch's own and needs a GPU: in its place
-each leaf gets an empty gradient.
+A tensor left on the CPU fails, and so does what makes the host wait for the GPU: .item(), .cpu(),
+.tolist(), nonzero, a mask as an index. The backward pass is torch's own and needs a GPU: in its
+place each leaf gets an empty gradient.
 """
 
 from collections.abc import Iterator
