@@ -774,6 +774,14 @@ def new_config(
     return config
 
 
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """write_atomic that ends with a line: a full disk costs this save, never the one before."""
+    try:
+        write_atomic(path, write)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError too
+        fail(1, f"cannot save {path}: {reason(error)}: mend it, then --resume")
+
+
 def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> None:
     """The student's encoder under torchvision's names; metadata says what it is and saw."""
     settings, bands, pairs = config["settings"], config["bands"], config["pairs"]
@@ -787,14 +795,11 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
         about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
     tensors = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
     data = safetensors.torch.save(tensors, about)
-    write_atomic(path, lambda beside: beside.write_bytes(data))
+    keep(path, lambda beside: beside.write_bytes(data))
 
 
 def save(out: Path, config: dict, byol: BYOL, epoch: float, state: dict) -> None:
-    """encoder.safetensors and checkpoint.pt; a full disk costs this save, never the one before.
-
-    The checkpoint comes last: a run killed in between takes the steps again and writes both.
-    """
+    """encoder.safetensors, then checkpoint.pt: a run killed in between writes both again."""
     if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
         diverged(out, state["step"])
 
@@ -802,11 +807,8 @@ def save(out: Path, config: dict, byol: BYOL, epoch: float, state: dict) -> None
         with open(beside, "wb") as file:
             torch.save(state, file)
 
-    try:
-        save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
-        write_atomic(out / "checkpoint.pt", write)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError too
-        fail(1, f"cannot save to {out}: {reason(error)}: mend it, then --resume")
+    save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
+    keep(out / "checkpoint.pt", write)
 
 
 def diverged(out: Path, step: int) -> NoReturn:
@@ -1144,6 +1146,8 @@ def main() -> int:
             byol, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
         )
     if RANK == 0:
+        for left_behind in out.glob(".*.part"):  # by a run that was killed as it saved
+            left_behind.unlink()
         resume_log(out / "log.jsonl", step)
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
     log_every, terminal = min(args.log_every, per_epoch), sys.stdout and sys.stdout.isatty()
@@ -1244,7 +1248,7 @@ def run() -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, bandcrop.TileError) as error:
-        fail(1, reason(error))
+        fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
