@@ -245,7 +245,9 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
         saved, stats = config["settings"] | {"out": args.out}, config["bands"]
         if not np.isfinite([stats["mean"], stats["std"]]).all():
             raise ValueError("band statistics")
-        config["pairs"]["sha256"], config["precision"], config["name"] + config["command"]
+        config["pairs"]["sha256"], config["name"] + config["command"]
+        if config["precision"] not in ("fp32", "bf16", "fp16"):
+            raise ValueError("precision")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
     forget = ("max_steps", "resume") + ("root", "pairs") * bool(args.root or args.pairs)
