@@ -1052,8 +1052,7 @@ def describe(
     say(f"{args.arch}, {millions:.1f} million parameters; {steps} steps, {per_epoch} an epoch")
     say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
     if args.recipe == "paper" and steps < 20000:
-        say("few steps: --recipe small reached F1 0.65 after 3,100, the paper's 0.44 after 1,500 "
-            "(README)")  # fmt: skip
+        say("few steps: try --recipe small: F1 0.65 (3,100 steps), not 0.44 (1,500); README")
     say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
 
 
