@@ -12,45 +12,56 @@ student's encoder is kept: encoder.safetensors, torchvision's names.
     python pretrain.py --mode three                        RS-BYOL-3 S1S2: 3 MS; VV, VH and a copy
     python pretrain.py --mode rgb                          RS-BYOL-3 RGB-S1S2: RGB; a SAR and 2 MS
 
-    python pretrain.py --mode single --resume              go on after any interruption
+    python pretrain.py --mode single --recipe small        for small archives and short runs
+    python pretrain.py --resume --out runs/rs-byol-1       go on after any interruption
     torchrun --nproc-per-node=4 pretrain.py --mode single  four GPUs, the same global batch
     python pretrain.py --mode three --pairs FILE.csv --s2-bands B02,B03,B04,B08 --s1-bands VV,VH
 
+In this file: settings, the method, augmentation, what a sample is, the archive, the run's files,
+the loop. To change the encoder, the augmentation or the data, change make_encoder, augment or
+list_pairs.
 A run's folder: config.json (settings, versions, band statistics), log.jsonl (all but "timing" is
 the same, bit for bit, for a run that was interrupted and resumed on one CPU thread),
 checkpoint.pt, encoder.safetensors, encoder-epochNNNN.safetensors at each restart cycle's end,
-views.png (the first batch as the networks see it), bad_tiles.txt.
-On 20 real pairs (resnet18, size 64, 30 epochs, one thread of a busy 2-core CPU, bf16, November
-2026): loss 4.06 to 0.87, std 0.050 to 0.036 (0.0625 is healthy), data wait under 1 %.
-Exit status: 0 done, 1 bad data or diverged, 2 wrong use, 130 or 143 saved and stopped by a signal.
+views.png (pairs as they lie on the ground, and as the networks see them), bad_tiles.txt.
+Where the paper says nothing: crop areas are uniform (mean 0.54; torchvision's 0.48), MS only never
+draws one band twice, grey is the channels' plain mean, weight decay is on biases and BatchNorm too
+(BYOL leaves them out), SAR is decibels, not clipped; --help marks the others with [open].
+Exit status: 0 done, 1 bad data or diverged, 2 wrong use; 129, 130 or 143 saved and stopped by
+SIGHUP, Ctrl-C or SIGTERM.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
 import csv
-import datetime
-import fcntl
 import glob
 import hashlib
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import sys
-import tempfile
 import time
-from collections import deque
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from functools import lru_cache, partial
-from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import bandcrop
 import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+# Settings -----------------------------------------------------------------------------------------
+
 
 # >>> shared: bands
 BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, two SAR polarisations
@@ -79,28 +90,6 @@ def fail(status: int, message: str) -> NoReturn:
 
 # <<< shared: bands
 
-
-# >>> shared: files
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-# <<< shared: files
-
-# Settings -----------------------------------------------------------------------------------------
 RGB = ("Red", "Green", "Blue")
 CHANNELS = {"single": 1, "three": 3, "rgb": 3}
 VARIANTS = {  # name, random MS bands and SAR bands of a pair
@@ -111,11 +100,16 @@ VARIANTS = {  # name, random MS bands and SAR bands of a pair
     ("three", "ms-ms"): ("RS-BYOL-3 MS only", 6, 0),
     ("rgb", "ms-ms"): ("RS-BYOL-3 RGB MS only", 3, 0),
 }
+RECIPES = {  # defaults that differ from the paper's
+    "paper": {},
+    "small": {"lr": 0.03, "tau": 0.99, "blur": "0,0", "erase": 0.0},  # README: what was measured
+}
 # What a resumed run may change: where things are and how long it goes on, never what is computed.
 MAY_CHANGE = (
-    "root", "pairs", "out", "resume", "threads", "device", "compile", "bad_tiles", "epochs",
-    "max_steps", "checkpoint_every",
+    "root", "pairs", "exclude", "out", "resume", "threads", "device", "compile", "bad_tiles",
+    "epochs", "max_steps", "checkpoint_every",
 )  # fmt: skip
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 NO_ARCHIVE = """no archive in {root}: give --root DIR (SEN12MS layout) or --pairs FILE.csv
   SEN12MS (180,662 pairs, 500 GB): rsync or ftp, dataserv.ub.tum.de, user and password m1474000
   a synthetic one: python tests/synthetic.py data/demo, then --root data/demo/sen12ms"""
@@ -134,14 +128,21 @@ def number(kind: type, low: float, high: float = math.inf, count: int = 1) -> Ca
     return convert
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        none = action.default is False or action.default in (None, argparse.SUPPRESS)
+        return str(action.help) + ("" if none else " (default: %(default)s)")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         epilog="[open]: the paper does not say; the value is our choice, saved in config.json.",
     )
     parser.error = lambda message: fail(2, f"{message} (see --help)")
     whole, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    small = ", ".join(f"--{key} {value}" for key, value in RECIPES["small"].items())
 
     # fmt: off
     data = parser.add_argument_group("data")
@@ -149,22 +150,28 @@ def make_parser() -> argparse.ArgumentParser:
     add("--root", help="folder in SEN12MS layout (default: data/sen12ms)")
     add("--pairs", metavar="CSV", help="any archive: columns s1,s2, paths relative to the file")
     add = data.add_argument
-    add("--s2-bands", default=",".join(SEN12MS_S2), help="band order in S2 files; - skips one")
-    add("--s1-bands", default=",".join(SEN12MS_S1), help="band order in S1 files; - skips one")
+    add("--s2-bands", default=",".join(SEN12MS_S2),
+        help="band order in S2 files; - skips one (a first one: --s2-bands=-,B03)")
+    add("--s1-bands", default=",".join(SEN12MS_S1),
+        help="band order in S1 files, in decibels; - skips one")
     add("--num-pairs", type=whole, default=90000, help="seeded subset (paper: 90000, 150000)")
-    add("--mode", choices=CHANNELS, required=True, help="channels of the views, as above")
+    add("--exclude", metavar="LIST", help="text file with a tile's name a line: these places are "
+        "left out, such as a published test list's")
+    add("--mode", choices=CHANNELS, help="channels of the views, as above (needed)")
     add("--views", choices=("ms-sar", "ms-ms"), default="ms-sar", help="ms-ms: no SAR view")
     add("--bad-tiles", choices=("stop", "skip"), default="stop",
-        help="skip: the next good pair of the epoch instead, up to 1 %% of the pairs")
+        help="skip: another good pair of the batch instead, up to 1 %% of the pairs")
 
     add = parser.add_argument_group("model").add_argument
     archs = ("resnet18", "resnet34", "resnet50")
     add("--arch", choices=archs, default="resnet50", help="encoder (paper: resnet50)")
-    add("--size", type=number(int, 16), default=224, help="side of a view, pixels [open]")
+    add("--size", type=number(int, 16, 4096), default=224, help="side of a view, pixels [open]")
     add("--hidden", type=whole, default=256, help="width of projector and predictor (paper: 256)")
     add("--projection", type=number(int, 2), default=256, help="projector's output (paper: 256)")
 
     add = parser.add_argument_group("optimisation").add_argument
+    add("--recipe", choices=RECIPES, default="paper",
+        help=f"defaults below: paper's, or small for short runs and small archives: {small}")
     add("--batch-size", type=number(int, 2), default=32, help="of all processes (paper: 32, 64)")
     add("--epochs", type=whole, default=400, help="passes over the pairs (paper: 400)")
     add("--lr", type=positive, default=0.2, help="highest learning rate (paper: 0.2)")
@@ -184,10 +191,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="8: flips and quarter turns, 4: flips, 1: off [open]")
     add("--rotate", type=share, default=0.5, help="probability of a small rotation; 0: off [open]")
     add("--rotate-degrees", type=number(float, 0, 180), default=10.0, help="largest turn [open]")
-    add("--blur", type=number(float, 0, 1, 2), default=[1.0, 0.1], metavar="A,B",
+    add("--blur", type=number(float, 0, 1, 2), default="1,0.1", metavar="A,B",
         help="probabilities; which view gets which is drawn too (BYOL: 1,0.1) [open]")
-    add("--blur-sigma", type=number(float, 0.01, 100, 2), default=[0.1, 2.0], metavar="LOW,HIGH",
-        help="in pixels of the view; the kernel spans size/10 (BYOL: 0.1,2) [open]")
+    add("--blur-sigma", type=number(float, 0.01, 100, 2), default="0.1,2", metavar="LOW,HIGH",
+        help="in pixels of a view of 224, scaled with --size; the kernel spans size/10 "
+             "(BYOL: 0.1,2) [open]")
     add("--erase", type=share, default=0.5,
         help="probability that a box of 2 to 33 %% becomes the band's mean; 0: off [open]")
     add("--grey", type=share, default=0.2,
@@ -195,345 +203,182 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/ and the variant's name)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--resume", action="store_true",
+        help="go on with the run in --out, whose config.json has all other settings")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of weights, pairs and every draw")
-    add("--threads", type=number(int, 0), default=0, help="reading threads; 0: one a processor")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: bf16 where native (CUDA; CPU with AVX512-BF16 or AMX), else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, one process")
+    add("--threads", type=number(int, 0, 1024), default=0,
+        help="reading threads; 0: one a processor")
+    add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda where there is one")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="auto: bf16 where native (CUDA from sm_80; CPU with AVX512-BF16 or AMX), else fp16 "
+             "on CUDA and fp32 on the CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="torch.compile (default: on CUDA, one process)")
     add("--log-every", type=whole, default=50, help="steps a log line; at least one an epoch")
-    add("--checkpoint-every", type=number(int, 0), default=0,
-        help="steps; 0: as often as costs under 1 %% of the time, at most once a minute")
-    add("--max-steps", type=whole, help="stop after so many steps in all")
+    add("--checkpoint-every", type=number(int, 0), default=0, help="steps; 0: two minutes")
+    add("--max-steps", type=whole, help="stop after so many steps in all; not remembered")
     # fmt: on
     return parser
 
 
-# Data: which pairs there are, and what sample i of epoch e is -------------------------------------
-class Archive(NamedTuple):
-    names: list[str]  # one a pair: its S2 path in the archive, sorted
-    files: tuple[list[str], list[str]]  # S2 paths, S1 paths
-    bands: list[str]  # the paper's names of the bands that this mode uses: MS first, then SAR
-    place: np.ndarray  # int64 [bands, 2]: 0 S2 file or 1 S1 file; 0-based band in that file
-    widths: tuple[int, int]  # bands that an S2 and an S1 file must have
-    synthetic: bool
-
-
-def list_sen12ms(root: Path) -> list[tuple[str, str]]:
-    """(S2, S1) paths relative to root of ROIs*/s2_<scene>/*_s2_*.tif and their twins."""
-    s2, s1 = (glob.glob(f"ROIs*/{s}_*/*_{s}_*.tif", root_dir=root) for s in ("s2", "s1"))
-    twins = {path.replace("/s2_", "/s1_").replace("_s2_", "_s1_"): path for path in s2}
-    if alone := sorted(twins.keys() ^ set(s1)):
-        sensor, path = ("S1", twins[alone[0]]) if alone[0] in twins else ("S2", alone[0])
-        fail(1, f"{root / path} has no {sensor} twin ({len(alone)} such tiles): fetch what is "
-             "missing or move them away")  # fmt: skip
-    return sorted((path, twin) for twin, path in twins.items())
-
-
-def list_csv(path: Path) -> list[tuple[str, str]]:
-    """(S2, S1) paths of a CSV with columns s1 and s2; other columns are left alone."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        fail(2, f"{path} cannot be read as a CSV with the header s1,s2: {error}")
-    for line, row in enumerate(rows, start=2):
-        for column in ("s1", "s2"):
-            file = path.parent / (row.get(column) or "")
-            if not file.is_file():
-                fail(1, f"{path}: line {line}, column {column} (header: s1,s2): no file {file}")
-    return sorted((row["s2"], row["s1"]) for row in rows)
-
-
-def open_archive(args: argparse.Namespace) -> Archive:
-    """List the pairs, check that the mode has its bands, draw the seeded subset."""
-    root = Path(args.pairs).parent if args.pairs else Path(args.root or "data/sen12ms")
-    listed = list_csv(Path(args.pairs)) if args.pairs else list_sen12ms(root)
-    if not listed:
-        fail(2, NO_ARCHIVE.format(root=args.pairs or root))
-
-    orders = args.s2_bands.split(","), args.s1_bands.split(",")
-    place: dict[str, tuple[int, int]] = {}  # band: 0 S2 file or 1 S1 file; 0-based band in it
-    for sensor, order in enumerate(orders):
-        for at, text in enumerate(order):
-            if text.strip().upper() in ("-", "B01", "B09", "B10"):  # not wanted; the 60 m bands
-                continue
-            band = band_name(text)
-            if band in place or (band in SAR) != sensor:
-                fail(2, f"--s{2 - sensor}-bands {','.join(order)}: {band}/{BANDS[band]} stands "
-                     "twice or in the wrong file")  # fmt: skip
-            place[band] = sensor, at
-
-    ms, sar = ([b for b in BANDS if b in place and (b in SAR) == s] for s in (False, True))
-    rgb = RGB if args.mode == "rgb" else ()
-    _, need_ms, need_sar = VARIANTS[args.mode, args.views]
-    if not {*rgb} <= {*ms} or len(ms) < len(rgb) + need_ms or len(sar) < need_sar:
-        free = ", ".join(band for band in BANDS if band not in SAR + rgb)
-        wants = [*rgb, f"{need_ms} of {free}"]
-        wants += [f"{need_sar} of SAR1, SAR2"] if need_sar else []
-        fail(2, f"--mode {args.mode} --views {args.views} needs {', '.join(wants)}; this archive "
-             f"has {', '.join(ms + sar)}")  # fmt: skip
-
-    if args.num_pairs < len(listed):  # the stream that no epoch uses
-        keys = stream(args.seed, 2**64 - 1).random(len(listed))
-        listed = [listed[i] for i in np.sort(np.argsort(keys, kind="stable")[: args.num_pairs])]
-    s2, s1 = zip(*listed, strict=True)
-    use = ms + sar if need_sar else ms
-    return Archive(
-        list(s2), ([str(root / path) for path in s2], [str(root / path) for path in s1]),
-        use, np.array([place[band] for band in use]), (len(orders[0]), len(orders[1])),
-        (root / "SYNTHETIC.txt").exists(),
-    )  # fmt: skip
-
-
-def band_statistics(archive: Archive, seed: int, bad_tiles: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each band over up to 256 pairs; NaN and nodata left out."""
-    from bandcrop import TileError, info, read
-
-    chosen = stream(seed, 2**64 - 2).permutation(len(archive.names))[:256]
-    moments = np.zeros((3, len(archive.bands)))  # count, sum, sum of squares
-    for pair in chosen:
-        for sensor in sorted(set(archive.place[:, 0])):
-            path, columns = archive.files[sensor][pair], archive.place[:, 0] == sensor
-            try:
-                tile = info(path)
-                if tile.bands != archive.widths[sensor]:
-                    fail(1, f"{path} has {tile.bands} bands, --s{2 - sensor}-bands names "
-                         f"{archive.widths[sensor]}")  # fmt: skip
-                values = read(path, archive.place[columns, 1].tolist())
-            except TileError as error:
-                if bad_tiles == "stop":
-                    fail(1, f"{error} (--bad-tiles skip goes on without it)")
-                continue
-            for band, x in zip(np.flatnonzero(columns), values, strict=True):
-                good = x[np.isfinite(x) & (x != tile.nodata)].astype(np.float64)
-                moments[:, band] += good.size, good.sum(), good @ good
-    count, total, square = moments
-    mean = total / np.maximum(count, 1)
-    std = np.sqrt(np.maximum(square / np.maximum(count, 1) - mean**2, 0))
-    for band, value in zip(archive.bands, std, strict=True):
-        if value == 0:
-            fail(1, f"band {band}/{BANDS[band]} is empty or constant in {len(chosen)} tiles")
-    return mean.tolist(), std.tolist()
-
-
-def stream(seed: int, number: int) -> np.random.Generator:
-    """A counter-based generator of its own for each (seed, number); epoch e uses number e."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
-
-
-class Plan(NamedTuple):
-    """What an epoch's samples are; row i is a pure function of (seed, epoch, i)."""
-
-    pairs: np.ndarray  # int64 [n]: index in the archive
-    bands: np.ndarray  # int64 [n, 2, C]: index in archive.bands
-    windows: np.ndarray  # float64 [n, 2, 4]: top, left, height, width, fractions of the tile
-    orient: np.ndarray  # uint8 [n, 2]
-    draws: np.ndarray  # float32 [n, 2, 7]: angle, sigma, top, left, bottom, right, grey
-
-
-def boxes(u: np.ndarray, smallest: float, largest: float, widest: float) -> np.ndarray:
-    """Uniform draws [4, n] -> boxes [n, 4] = top, left, height, width in the unit square.
-
-    Area uniform; the log of width / height uniform where the box fits, so that nothing is rejected
-    and redrawn (torchvision redraws, which favours small areas); position uniform.
-    """
-    area = smallest + (largest - smallest) * u[0]
-    tallest = np.maximum(np.log(area), -math.log(widest))  # width / height, log
-    ratio = np.exp(tallest * (1 - 2 * u[1]))
-    height, width = np.minimum(np.sqrt([area / ratio, area * ratio]), 1)
-    return np.stack([u[2] * (1 - height), u[3] * (1 - width), height, width], axis=1)
-
-
-def choose_bands(u: np.ndarray, bands: list[str], mode: str, views: str) -> np.ndarray:
-    """Uniform draws [n, 15] -> index in `bands` for each view and channel, [n, 2, C]."""
-    rgb = [bands.index(b) for b in RGB] if mode == "rgb" else []
-    ms = np.array([i for i, b in enumerate(bands) if b not in SAR and i not in rgb])
-    sar = np.array([i for i, b in enumerate(bands) if b in SAR])
-
-    def pick(pool: np.ndarray, u: np.ndarray, k: int) -> np.ndarray:  # k of pool, no repeats
-        return pool[np.argsort(u[:, : len(pool)], axis=1, kind="stable")[:, :k]]
-
-    drawn = pick(ms, u[:, :10], VARIANTS[mode, views][1])
-    if mode == "rgb":
-        a, b = np.tile(rgb, (len(u), 1)), drawn
-    else:
-        a, b = np.hsplit(drawn, [CHANNELS[mode]])
-    if views == "ms-sar":
-        b = np.hstack([b, pick(sar, u[:, 10:12], 1)])
-        if mode == "three":
-            b = np.hstack([b, np.tile(sar, (len(u), 1))])
-    if mode != "single":  # the other sensor's channels in random order
-        b = np.take_along_axis(b, np.argsort(u[:, 12:15], axis=1, kind="stable"), axis=1)
-    return np.stack([a, b], axis=1)
-
-
-def plan_epoch(epoch: int, pairs: int, bands: list[str], args: argparse.Namespace) -> Plan:
-    """Draw a whole epoch: neither batch size, threads nor processes enter."""
-    random = stream(args.seed, epoch)
-    order = np.argsort(random.random(pairs), kind="stable")
-    u = random.random((pairs, 46))
-    swap = (u[:, 45] < 0.5).astype(int)
-    windows, orient, draws = [], [], []
-    for view in (0, 1):
-        v = u[:, 15 + 15 * view : 30 + 15 * view].T
-        windows.append(boxes(v[0:4], args.crop_area, 1.0, args.crop_ratio))
-        orient.append(np.floor(v[4] * args.orient).astype(np.uint8))
-        angle = np.deg2rad(args.rotate_degrees) * (2 * v[6] - 1) * (v[5] < args.rotate)
-        low, high = args.blur_sigma
-        sigma = (low + (high - low) * v[8]) * (v[7] < np.array(args.blur)[swap ^ view])
-        # torchvision's RandomErasing: area 2 to 33 %, ratio 0.3 to 3.3
-        top, left, height, width = np.rint(boxes(v[10:14], 0.02, 0.33, 10 / 3).T * args.size)
-        edges = np.stack([top, left, top + height, left + width]) * (v[9] < args.erase)
-        draws.append(np.stack([angle, sigma, *edges, v[14] < args.grey], axis=1))
-    chosen = choose_bands(u[:, :15], bands, args.mode, args.views)
-    together = [np.stack(part, axis=1) for part in (windows, orient, draws)]
-    return Plan(order, chosen, together[0], together[1], together[2].astype(np.float32))
-
-
-# Before torch is imported: everything that can be refused -----------------------------------------
-def prepare() -> tuple[argparse.Namespace, Archive, dict]:
-    """Flags, archive, the run's folder and its config: as it was, or new and not yet written."""
-    args = make_parser().parse_args()
-    needs = ("bandcrop", "torch", "torchvision", "safetensors", "PIL")
-    if missing := [name for name in needs if util.find_spec(name) is None]:
-        fail(2, f"not installed in {sys.executable}: {', '.join(missing)}; run make build")
-    archive = open_archive(args)
-    pairs = len(archive.names)
-    if pairs < args.batch_size:
-        fail(2, f"{pairs} pairs fill no batch: use --batch-size {pairs} or less")
-    name, _, _ = VARIANTS[args.mode, args.views]
-    if name == "RS-BYOL-1":
-        name += " w/150K" * (pairs == 150000) + " w/64BS" * (args.batch_size == 64)
-    args.out = args.out or Path("runs", name.lower().replace(" ", "-").replace("/", "-"))
-    if os.environ.get("RANK", "0") != "0":
-        return args, archive, {}  # torchrun: start() sends the first process's config
-    kind = "synthetic pairs" if archive.synthetic else "pairs"
-    source = args.pairs or args.root or "data/sen12ms"
-    fewer = f" (fewer than --num-pairs {args.num_pairs})" if pairs < args.num_pairs else ""
-    print(f"{name}: {pairs} {kind} of {source}{fewer} -> {args.out}", flush=True)
-
-    settings = vars(args) | {"out": str(args.out)}
-    sha = hashlib.sha256("\n".join(archive.names).encode()).hexdigest()
-    listed = {"used": pairs, "sha256": sha, "synthetic": archive.synthetic}
-    config = old_config(args, settings, listed)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-        # Held until the process ends, however it ends: two runs never write into one folder.
-        args.lock = os.open(args.out, os.O_RDONLY)
-        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(2, f"another process is writing to {args.out}: choose another --out")
-    except OSError as error:
-        fail(2, f"cannot write to {args.out}: {error.strerror}: choose another --out")
-    for left_behind in args.out.glob(".*.part"):
-        left_behind.unlink()
-    if config:
-        return args, archive, config
-
-    mean, std = band_statistics(archive, args.seed, args.bad_tiles)
-    opened = [a.dest for a in make_parser()._actions if "[open]" in (a.help or "")]
-    packages = ("torch", "torchvision", "numpy", "safetensors")
-    return args, archive, {
-        "schema": 1, "name": name, "settings": settings,
-        "paper_leaves_open": {key: settings[key] for key in opened},
-        "pairs": listed, "bands": {"names": archive.bands, "mean": mean, "std": std},
-        "versions": {p: metadata.version(p) for p in packages} | {"python": sys.version.split()[0]},
-        "command": shlex.join(sys.argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def old_config(args: argparse.Namespace, settings: dict, listed: dict) -> dict | None:
-    """The config of the run in --out, None where there is none; refused unless it is this run's."""
+def read_settings() -> tuple[argparse.Namespace, dict | None]:
+    """The command line and, where it resumes a run, that run's config, which it must not change."""
+    parser, typed = make_parser(), sys.argv[1:]
+    parser.set_defaults(**RECIPES[parser.parse_args(typed).recipe])
+    args = parser.parse_args(typed)
+    if not args.mode and not (args.resume and args.out):
+        fail(2, "--mode is needed: single, three or rgb (see --help)")
+    if not args.out:
+        name = run_name(args, args.num_pairs).lower()
+        args.out = Path("runs", name.replace(" ", "-").replace("/", "-"))
     file = args.out / "config.json"
     if not file.exists():
-        return None
+        if (args.out / "checkpoint.pt").exists():
+            fail(2, f"{args.out}: checkpoint.pt without its config.json: choose another --out")
+        if not args.mode:
+            fail(2, f"--mode is needed: single, three or rgb: {args.out} holds no run")
+        return args, None
     if not args.resume:
-        fail(2, f"{args.out} holds another run: --resume goes on with it, or choose another --out")
+        fail(2, f"{args.out} holds another run: --resume goes on, or choose another --out")
     try:
         config = json.loads(file.read_text())
-        old, pairs = config["settings"], config["pairs"]
-    except (ValueError, KeyError) as error:
-        fail(1, f"{file} is not a run's config ({error}): choose another --out")
+        saved, stats = config["settings"] | {"out": args.out}, config["bands"]
+        if not np.isfinite([stats["mean"], stats["std"]]).all():
+            raise ValueError("band statistics")
+        config["pairs"]["sha256"], config["name"] + config["command"]
+        if config["precision"] not in ("fp32", "bf16", "fp16"):
+            raise ValueError("precision")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
+    forget = ("max_steps", "resume") + ("root", "pairs") * bool(args.root or args.pairs)
+    flags = []  # the saved settings as they would be typed, and so checked
+    for key, value in saved.items():
+        flag = f"--{key.replace('_', '-')}"
+        if key in forget or value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{key}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            flags.append(f"{flag}={text}")
+    old, new = (vars(parser.parse_args(flags + more)) for more in ([], typed))
     changed = [
-        f"--{key.replace('_', '-')} was {old.get(key)}, is {value}"
-        for key, value in settings.items()
-        if key not in MAY_CHANGE and value != old.get(key)
+        f"--{key.replace('_', '-')} was {old[key]}, is {new[key]}"
+        for key in old
+        if key not in MAY_CHANGE and old[key] != new[key]
     ]
-    if pairs["sha256"] != listed["sha256"]:
-        changed.append(f"the list of pairs (then {pairs['used']}, now {listed['used']})")
     if changed:
         fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
-    return config
+    return argparse.Namespace(**new), config
 
 
-# Torch takes seconds to import: a mistyped flag or a missing folder has been answered by now.
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    PREPARED = prepare()
-
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torchvision  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+def run_name(args: argparse.Namespace, pairs: int) -> str:
+    """The paper's name of what these settings train."""
+    name = VARIANTS[args.mode, args.views][0]
+    if name == "RS-BYOL-1":
+        name += " w/150K" * (pairs == 150000) + " w/64BS" * (args.batch_size == 64)
+    return name
 
 
-# Model --------------------------------------------------------------------------------------------
-def head(features: int, hidden: int, out: int) -> nn.Sequential:
+# The method: networks, loss, teacher, one step, schedule ------------------------------------------
+def make_encoder(arch: str, channels: int) -> nn.Module:
+    """[N, channels, S, S] -> features [N, D]. Swap in your own: it needs only `width`, its D."""
+    encoder = getattr(torchvision.models, arch)(weights=None)
+    if channels != 3:
+        encoder.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    encoder.width = encoder.fc.in_features  # 512 or 2048
+    encoder.fc = nn.Identity()
+    return encoder
+
+
+def make_head(features: int, hidden: int, out: int) -> nn.Sequential:
+    """Projector and predictor: a two-layer MLP."""
     return nn.Sequential(
         nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)
     )
 
 
-class Network(nn.Module):
-    """Encoder and heads. The teacher has no predictor."""
+class BYOL(nn.Module):
+    """Student (encoder, projector), its predictor, and a teacher that follows the student."""
 
-    def __init__(self, arch: str, channels: int, hidden: int, projection: int):
+    def __init__(self, encoder: nn.Module, hidden: int, projection: int):
         super().__init__()
-        self.encoder = getattr(torchvision.models, arch)(weights=None)
-        if channels != 3:
-            stem = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # theirs
-            self.encoder.conv1 = stem
-        features = self.encoder.fc.in_features
-        self.encoder.fc = nn.Identity()
-        self.projector = head(features, hidden, projection)
-        self.predictor: nn.Sequential | None = head(projection, hidden, projection)
+        projector = make_head(encoder.width, hidden, projection)
+        self.student = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
+        self.predictor = make_head(projection, hidden, projection)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
-    def forward(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        """Two views [N, C, S, S] -> projections of a and b, predictions of a and b, each [N, D].
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [N, C, S, S] -> loss, and [loss, spread, cosine] of the projections to watch.
 
-        Each view passes on its own, so that BatchNorm's statistics never mix the two sensors. One
-        call for both: DistributedDataParallel wants one forward a backward.
+        Each view passes on its own, so that BatchNorm's statistics never mix the two sensors.
         """
-        z = [self.projector(self.encoder(x)) for x in (a, b)]
-        return z + [self.predictor(x) for x in z] if self.predictor is not None else z
+        z_a, z_b = self.student(a), self.student(b)  # [N, P]
+        p_a, p_b = self.predictor(z_a), self.predictor(z_b)  # [N, P]
+        with torch.no_grad():
+            t_a, t_b = self.teacher(a), self.teacher(b)  # [N, P]
+        loss = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)
+        with torch.no_grad():
+            n_a, n_b = F.normalize(widen(z_a), dim=1), F.normalize(widen(z_b), dim=1)
+            spread = (n_a.std(0).mean() + n_b.std(0).mean()) / 2  # 1 / sqrt(P) healthy, 0 collapse
+            return loss, torch.stack([loss.detach(), spread, (n_a * n_b).sum(1).mean()])
+
+    @torch.no_grad()
+    def update_teacher(self, tau: float) -> None:
+        """Weights only: in training nothing reads the teacher's running BatchNorm statistics."""
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - tau)  # tau * teacher + (1 - tau) * student
 
 
-def make_teacher(student: Network) -> Network:
-    """A copy without predictor, without gradient and without shared storage."""
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    teacher.predictor = None
-    return teacher
+def widen(x: Tensor) -> Tensor:
+    """bf16 or fp16, as autocast leaves it, becomes float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def synchronise_batchnorm(network: Network, device: torch.device) -> Network:
-    """BatchNorm over the batches of all processes."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    from torch.distributed.nn.functional import all_gather  # differentiable
+def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """2 - 2 cos, i.e. the squared distance of the L2-normalised vectors; mean over N."""
+    return (2 - 2 * F.cosine_similarity(widen(prediction), widen(target), dim=1)).mean()
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for module in network.modules():  # torch's does not run on the CPU: normalise all, keep ours
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.register_forward_pre_hook(lambda _, x: torch.cat(all_gather(x[0])))
-            module.register_forward_hook(lambda _, x, y: y.unflatten(0, (world, -1))[rank])
-    return network
+
+def make_optimizer(byol: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    weights = [weight for weight in byol.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(
+        weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+    )
+    for weight in weights:  # else garbage, where loss scaling skips the first step
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, a: Tensor,
+    b: Tensor, lr: float, tau: float, autocast: Callable[[], torch.autocast],
+) -> Tensor:  # fmt: skip
+    """Learn from one batch of views; returns what to watch. `model`: a BYOL, or DDP of one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with autocast():
+        loss, watch = model(a, b)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    getattr(model, "module", model).update_teacher(tau)
+    return watch
+
+
+def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
+    """Place in the restart cycle that `at` falls in, and that cycle's length."""
+    while at >= length:
+        at, length = at - length, length * mult
+    return at, length
+
+
+def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
+    """Cosine annealing with warm restarts (Loshchilov and Hutter 2017) at one step."""
+    at, length = in_cycle(step, args.restart_epochs * steps_per_epoch, args.restart_mult)
+    return args.lr_min + (args.lr - args.lr_min) * (1 + math.cos(math.pi * at / length)) / 2
 
 
 # Augmentation on the device: one batched pass, each sample with its own draw ----------------------
@@ -575,219 +420,322 @@ def augment(x: Tensor, draws: Tensor, args: argparse.Namespace) -> Tensor:
     return x
 
 
-# Loss, EMA, schedule ------------------------------------------------------------------------------
-def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """2 - 2 cos, i.e. the squared distance of the L2-normalised vectors; mean over N."""
-    return (2 - 2 * F.cosine_similarity(prediction, target, dim=1)).mean()
+# What sample i of epoch e is: a pure function of (seed, e, i) -------------------------------------
+SUBSET, STATISTICS, WATCHED = 2**64 - 1, 2**64 - 2, 2**64 - 3  # streams that no epoch uses
+DRAWS = {"ms": 10, "sar": 2, "order": 3, "view_a": 15, "view_b": 15, "swap": 1}  # of a sample
+VIEW = {"crop": 4, "orient": 1, "turn": 2, "blur": 2, "erase": 1, "box": 4, "grey": 1}
 
 
-def step_loss(student: nn.Module, teacher: Network, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric loss, and [loss, spread of the projection, cosine of the positives] to watch."""
-    with torch.no_grad():
-        targets = teacher(a, b)
-    outputs = [*student(a, b), *targets]  # under autocast bf16; from here on float32 or more
-    outputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in outputs]
-    z_a, z_b, p_a, p_b, t_a, t_b = outputs
-    loss = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)
-    with torch.no_grad():
-        n_a, n_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
-        spread = (n_a.std(0).mean() + n_b.std(0).mean()) / 2
-        watch = torch.stack([loss.detach(), spread, (n_a * n_b).sum(1).mean()])
-    return loss, watch
+def stream(seed: int, number: int) -> np.random.Generator:
+    """A counter-based generator of its own for each (seed, number); epoch e uses number e."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
 
-@torch.no_grad()
-def update_teacher(teacher: Network, student: Network, tau: float) -> None:
-    """teacher = tau * teacher + (1 - tau) * student, for weights only.
+def split(u: np.ndarray, widths: dict[str, int]) -> dict[str, np.ndarray]:
+    """Columns of u by name, in the order of `widths`."""
+    return dict(zip(widths, np.hsplit(u, np.cumsum([*widths.values()])[:-1]), strict=True))
 
-    BatchNorm's running statistics stay each network's own: both train on batch statistics, as in
-    BYOL, so nothing ever reads the teacher's.
+
+class Plan(NamedTuple):
+    """An epoch's n samples."""
+
+    pairs: np.ndarray  # int64 [n]: index in the archive
+    bands: np.ndarray  # int64 [n, 2, C]: index in archive.bands
+    windows: np.ndarray  # float64 [n, 2, 4]: top, left, height, width, fractions of the tile
+    orient: np.ndarray  # uint8 [n, 2]
+    draws: np.ndarray  # float32 [n, 2, 7]: angle, sigma, top, left, bottom, right, grey
+
+
+def boxes(u: np.ndarray, smallest: float, largest: float, widest: float) -> np.ndarray:
+    """Uniform draws [n, 4] -> boxes [n, 4] = top, left, height, width in the unit square.
+
+    Area uniform; the log of width / height uniform where the box fits, so that nothing is rejected
+    and redrawn (torchvision redraws, which favours small areas); position uniform.
     """
-    weights = dict(student.named_parameters())
-    pairs = [(t, weights[name]) for name, t in teacher.named_parameters()]
-    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - tau)
+    area = smallest + (largest - smallest) * u[:, 0]
+    tallest = np.maximum(np.log(area), -math.log(widest))  # width / height, log
+    ratio = np.exp(tallest * (1 - 2 * u[:, 1]))
+    height, width = np.minimum(np.sqrt([area / ratio, area * ratio]), 1)
+    return np.stack([u[:, 2] * (1 - height), u[:, 3] * (1 - width), height, width], axis=1)
 
 
-def make_optimizer(network: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
+def choose_bands(u: dict[str, np.ndarray], bands: list[str], mode: str, views: str) -> np.ndarray:
+    """Uniform draws of n samples -> index in `bands` for each view and channel, [n, 2, C]."""
+    rgb = [bands.index(b) for b in RGB] if mode == "rgb" else []
+    ms = np.array([i for i, b in enumerate(bands) if b not in SAR and i not in rgb])
+    sar = np.array([i for i, b in enumerate(bands) if b in SAR])
+    samples = len(u["ms"])
+
+    def pick(pool: np.ndarray, u: np.ndarray, k: int) -> np.ndarray:  # k of pool, no repeats
+        return pool[np.argsort(u[:, : len(pool)], axis=1, kind="stable")[:, :k]]
+
+    drawn = pick(ms, u["ms"], VARIANTS[mode, views][1])
+    if mode == "rgb":
+        a, b = np.tile(rgb, (samples, 1)), drawn
+    else:
+        a, b = np.hsplit(drawn, [CHANNELS[mode]])
+    if views == "ms-sar":
+        b = np.hstack([b, pick(sar, u["sar"], 1)])
+        if mode == "three":
+            b = np.hstack([b, np.tile(sar, (samples, 1))])
+    if mode != "single":  # the other sensor's channels in random order
+        b = np.take_along_axis(b, np.argsort(u["order"], axis=1, kind="stable"), axis=1)
+    return np.stack([a, b], axis=1)
 
 
-def train_step(
-    model: nn.Module, teacher: Network, optimizer: torch.optim.Optimizer, a: Tensor, b: Tensor,
-    tau: float, autocast: Callable[[], torch.autocast],
-) -> Tensor:  # fmt: skip
-    """Learn from one batch of views; returns what to watch. `model`: the student, or DDP of it."""
-    with autocast():
-        loss, watch = step_loss(model, teacher, a, b)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    update_teacher(teacher, getattr(model, "module", model), tau)
-    return watch
+def plan_epoch(epoch: int, pairs: int, bands: list[str], args: argparse.Namespace) -> Plan:
+    """Draw a whole epoch: neither batch size, threads nor processes enter."""
+    random = stream(args.seed, epoch)
+    order = np.argsort(random.random(pairs), kind="stable")
+    u = split(random.random((pairs, sum(DRAWS.values()))), DRAWS)
+    swap = (u["swap"][:, 0] < 0.5).astype(int)
+    low, high = np.array(args.blur_sigma) * args.size / 224
+    windows, orient, draws = [], [], []
+    for view, name in enumerate(("view_a", "view_b")):
+        v = split(u[name], VIEW)
+        windows.append(boxes(v["crop"], args.crop_area, 1.0, args.crop_ratio))
+        orient.append(np.floor(v["orient"][:, 0] * args.orient).astype(np.uint8))
+        turned, by = v["turn"].T
+        angle = np.deg2rad(args.rotate_degrees) * (2 * by - 1) * (turned < args.rotate)
+        blurred, by = v["blur"].T
+        sigma = (low + (high - low) * by) * (blurred < np.array(args.blur)[swap ^ view])
+        # torchvision's RandomErasing: area 2 to 33 %, ratio 0.3 to 3.3
+        top, left, height, width = np.rint(boxes(v["box"], 0.02, 0.33, 10 / 3).T * args.size)
+        box = np.stack([top, left, top + height, left + width], axis=1) * (v["erase"] < args.erase)
+        grey = v["grey"] < args.grey
+        draws.append(np.hstack([angle[:, None], sigma[:, None], box, grey]).astype(np.float32))
+    chosen = choose_bands(u, bands, args.mode, args.views)
+    return Plan(order, chosen, *(np.stack(part, axis=1) for part in (windows, orient, draws)))
 
 
-def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
-    """Place in the restart cycle that `at` falls in, and that cycle's length."""
-    while at >= length:
-        at, length = at - length, length * mult
-    return at, length
+# The archive: which pairs there are, and what is read of them -------------------------------------
+class Archive(NamedTuple):
+    names: list[str]  # one a pair: its S2 path in the archive, sorted
+    files: np.ndarray  # str [2, pairs]: S2 paths, S1 paths
+    watched: np.ndarray  # str [2, places]: whole tiles to watch learning by
+    bands: list[str]  # the paper's names of the bands that this mode uses: MS first, then SAR
+    place: np.ndarray  # int64 [bands, 2]: 0 S2 file or 1 S1 file; 0-based band in that file
+    widths: np.ndarray  # int64 [2]: bands that an S2 and an S1 file must have
+    synthetic: bool
+    excluded: int  # pairs that --exclude left out
 
 
-def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
-    """Cosine annealing with warm restarts (Loshchilov and Hutter 2017) at one step."""
-    at, length = in_cycle(step, args.restart_epochs * steps_per_epoch, args.restart_mult)
-    return args.lr_min + (args.lr - args.lr_min) * (1 + math.cos(math.pi * at / length)) / 2
+def list_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(S2, S1) paths of each place, relative to --root or to the CSV. Swap in your own archive."""
+    if args.pairs:
+        return list_csv(Path(args.pairs))
+    root = Path(args.root or "data/sen12ms")
+    s2, s1 = (glob.glob(f"ROIs*/{s}_*/*_{s}_*.tif", root_dir=root) for s in ("s2", "s1"))
+    twins = {path.replace("/s2_", "/s1_").replace("_s2_", "_s1_"): path for path in s2}
+    if alone := sorted(twins.keys() ^ set(s1)):
+        sensor, path = ("S1", twins[alone[0]]) if alone[0] in twins else ("S2", alone[0])
+        fail(1, f"{root / path} has no {sensor} twin ({len(alone)} such tiles): fetch what is "
+             "missing or move them away")  # fmt: skip
+    return sorted((path, twin) for twin, path in twins.items())
 
 
-# Batches: read ahead into a ring of buffers while the device works --------------------------------
-class Batch(NamedTuple):
-    views: Tensor  # float32 [2, N, C, S, S] on the device, normalised
-    draws: Tensor  # float32 [2, N, 7]
-    plan: Plan
-    rows: np.ndarray  # int64 [N]: the samples' places in the epoch
-    waited: float  # seconds
-    replaced: int  # NaN and nodata samples that became the band's mean
-
-
-def batches(
-    archive: Archive, stats: np.ndarray, args: argparse.Namespace, steps: range,
-    device: torch.device, rank: int, world: int, bad: dict[str, str],
-) -> Iterator[Batch]:  # fmt: skip
-    """This process's slice of the global batches `steps`; stats float32 [2, bands] = mean, std.
-
-    A bad pair is replaced by the next good one of the epoch, read with the sample's own draw: still
-    a pure function of (seed, epoch, i) and the files. `bad` collects what was replaced.
-    """
-    import bandcrop
-
-    reader = bandcrop.Reader(args.threads or max(1, len(os.sched_getaffinity(0)) // world))
-    cuda = device.type == "cuda"
-    pairs, local = len(archive.names), args.batch_size // world
-    shape = (2, local, CHANNELS[args.mode], args.size, args.size)
-    ring = [torch.empty(shape, pin_memory=cuda) for _ in range(3)]
-    copied: list = [None] * 3
-    copies = torch.cuda.Stream(device) if cuda else None
-    under_way: deque = deque()
-
-    @lru_cache(maxsize=1)
-    def plan_of(epoch: int) -> Plan:
-        return plan_epoch(epoch, pairs, archive.bands, args)
-
-    def submit(views: Tensor, plan: Plan, rows: np.ndarray, which: np.ndarray) -> list:
-        """Tickets that fill `views` [2, N, C, S, S] with pairs `which`, drawn as samples `rows`."""
-        tickets = []
-        for v, view in enumerate(views):
-            chosen = plan.bands[rows, v]  # [N, C]
-            file, band = archive.place[chosen].transpose(2, 0, 1)
-            paths = [[archive.files[f][p] for f in fs] for fs, p in zip(file, which, strict=True)]
-            if (file == file[:, :1]).all():  # else a file for each channel: a SAR and two MS bands
-                paths = [files[0] for files in paths]
-            tickets.append(reader.submit(
-                view, paths, band, plan.windows[rows, v], plan.orient[rows, v],
-                stats[0][chosen], stats[1][chosen], bad="report",
-            ))  # fmt: skip
-        return tickets
-
-    def collect(tickets: list) -> tuple[int, dict[int, str]]:
-        """Samples that became the mean; place in the batch -> what is wrong with its pair."""
-        reports = [ticket.wait() for ticket in tickets]
-        errors = dict(error for report in reversed(reports) for error in report.errors)
-        return sum(int(report.replaced.sum()) for report in reports), errors
-
-    def replace(views: Tensor, plan: Plan, row: int, message: str) -> int:
-        """Fill `views` [2, 1, C, S, S] with the next good pair after sample `row`'s own."""
-        for at in range(row, row + pairs):
-            bad.setdefault(archive.names[plan.pairs[at % pairs]], message)
-            if args.bad_tiles == "stop":
-                fail(1, f"{message} (--bad-tiles skip goes on without it)")
-            if len(bad) > 0.01 * pairs:
-                fail(1, f"{len(bad)} of {pairs} pairs are bad, over 1 %: {message}")
-            following = plan.pairs[[(at + 1) % pairs]]
-            replaced, errors = collect(submit(views, plan, np.array([row]), following))
-            if not errors:
-                return replaced
-            message = errors[0]
-        fail(1, f"no good pair is left: {message}")
-
-    for ahead in range(steps.start, steps.stop + 2):
-        if ahead < steps.stop:
-            epoch, at = divmod(ahead, pairs // args.batch_size)
-            rows = np.arange(local) + at * args.batch_size + rank * local
-            plan, slot = plan_of(epoch), ahead % 3
-            if copied[slot] is not None:
-                copied[slot].synchronize()
-            tickets = submit(ring[slot], plan, rows, plan.pairs[rows])
-            under_way.append((slot, plan, rows, tickets))
-        if ahead < steps.start + 2:
-            continue
-        slot, plan, rows, tickets = under_way.popleft()
-        began = time.perf_counter()
-        replaced, errors = collect(tickets)
-        for place, message in sorted(errors.items()):
-            replaced += replace(ring[slot][:, place : place + 1], plan, rows[place], message)
-        waited = time.perf_counter() - began
-        views, draws = ring[slot], torch.from_numpy(plan.draws[rows].swapaxes(0, 1))
-        if copies is not None:  # beside the previous step's kernels
-            with torch.cuda.stream(copies):
-                views, draws = (x.to(device, non_blocking=True) for x in (views, draws))
-                copied[slot] = copies.record_event()
-            torch.cuda.current_stream().wait_stream(copies)
-            views.record_stream(torch.cuda.current_stream())
-            draws.record_stream(torch.cuda.current_stream())
-        yield Batch(views, draws, plan, rows, waited, replaced)
-
-
-def draw_views(path: Path, views: Tensor, batch: Batch, bands: list[str]) -> None:
-    """Up to eight pairs as the networks see them: view a above view b, mean grey, +-2.5 std."""
-    from PIL import Image, ImageDraw
-
-    count, side = min(8, views.shape[1]), max(96, views.shape[-1])
-    sheet = Image.new("RGB", (count * (side + 4), 2 * (side + 18)), "white")
-    write = ImageDraw.Draw(sheet)
-    for view in (0, 1):
-        for i in range(count):
-            image = ((views[view, i].float().cpu() / 5 + 0.5).clamp(0, 1) * 255).byte().numpy()
-            tile = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            left, top = i * (side + 4), view * (side + 18)
-            sheet.paste(tile.convert("RGB").resize((side, side)), (left, top))
-            names = [bands[b] for b in batch.plan.bands[batch.rows[i], view]]
-            write.text((left, top + side + 2), " ".join(names), fill="black")
-    write_atomic(path, lambda beside: sheet.save(beside, format="PNG"))
-
-
-# Checkpoint ---------------------------------------------------------------------------------------
-def save_encoder(path: Path, student: Network, config: dict, epoch: float) -> None:
-    """The student's encoder under torchvision's names; metadata says what it is and saw."""
-    settings, bands = config["settings"], config["bands"]
-    about = {
-        "name": config["name"], "epoch": f"{epoch:g}", "command": config["command"],
-        "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
-        "std": json.dumps(bands["std"]), "synthetic": str(config["pairs"]["synthetic"]).lower(),
-        "pairs": str(config["pairs"]["used"]),
-    } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
-    tensors = {k: v.cpu().contiguous() for k, v in student.encoder.state_dict().items()}
-    data = safetensors.torch.save(tensors, about)
-    write_atomic(path, lambda beside: beside.write_bytes(data) and None)
-
-
-def save(out: Path, config: dict, student: Network, epoch: float, state: dict) -> None:
-    """encoder.safetensors and checkpoint.pt; a full disk costs this save, never the one before.
-
-    The checkpoint comes last: a run killed in between takes the steps again and writes both.
-    """
-
-    def write(beside: Path) -> None:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-
+def list_csv(path: Path) -> list[tuple[str, str]]:
+    """(S2, S1) paths of a CSV with columns s1 and s2; other columns are left alone."""
+    pairs, line = [], 1
     try:
-        save_encoder(out / "encoder.safetensors", student, config, epoch)
-        write_atomic(out / "checkpoint.pt", write)
-    except (OSError, RuntimeError) as error:  # torch and safetensors say RuntimeError too
-        why = f"cannot save to {out}: {reason(error)}"
-        fail(1, f"{why}: the last checkpoint is whole: make room, then --resume")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, strict=True)
+            if missing := {"s1", "s2"} - set(rows.fieldnames or ()):
+                fail(2, f"{path}: line 1: no column {' or '.join(sorted(missing))} (the header is "
+                     "s1,s2; is the separator ';' or a tab?)")  # fmt: skip
+            while True:
+                line = rows.line_num + 1
+                row = next(rows, None)
+                if row is None:
+                    return sorted(pairs)
+                for column in ("s1", "s2"):
+                    if not row[column] or not (path.parent / row[column]).is_file():
+                        fail(1, f"{path}: line {line}, column {column}: no file {row[column]!r}")
+                pairs.append((row["s2"], row["s1"]))
+    except (OSError, ValueError, csv.Error) as error:
+        fail(1, f"{path}: line {line}: not a CSV with the header s1,s2: {error}")
+
+
+def open_archive(args: argparse.Namespace) -> Archive:
+    """List the pairs, check that the mode has its bands, draw the seeded subset."""
+    root = Path(args.pairs).parent if args.pairs else Path(args.root or "data/sen12ms")
+    say(f"listing the pairs of {args.pairs or root}")
+    listed = list_pairs(args)
+    if not listed:
+        fail(2, NO_ARCHIVE.format(root=args.pairs or root))
+    excluded = len(listed)
+    if args.exclude:
+        lines = Path(args.exclude).read_text().split("\n")
+        out = {Path(line.strip()).name for line in lines if line.strip()}
+        listed = [pair for pair in listed if not {Path(file).name for file in pair} & out]
+        if len(listed) == excluded:
+            fail(2, f"--exclude {args.exclude} names no tile of {root}: one file name a line")
+    excluded -= len(listed)
+
+    orders = args.s2_bands.split(","), args.s1_bands.split(",")
+    place: dict[str, tuple[int, int]] = {}  # band: 0 S2 file or 1 S1 file; 0-based band in it
+    for sensor, order in enumerate(orders):
+        for at, text in enumerate(order):
+            if text.strip().upper() in ("-", "B01", "B09", "B10"):  # not wanted; the 60 m bands
+                continue
+            band = band_name(text)
+            if band in place or (band in SAR) != sensor:
+                fail(2, f"--s{2 - sensor}-bands {','.join(order)}: {band}/{BANDS[band]} stands "
+                     "twice or in the wrong file")  # fmt: skip
+            place[band] = sensor, at
+    ms, sar = ([b for b in BANDS if b in place and (b in SAR) == s] for s in (False, True))
+    rgb = RGB if args.mode == "rgb" else ()
+    _, need_ms, need_sar = VARIANTS[args.mode, args.views]
+    if not {*rgb} <= {*ms} or len(ms) < len(rgb) + need_ms or len(sar) < need_sar:
+        free = ", ".join(band for band in BANDS if band not in SAR + rgb)
+        wants = [*rgb, f"{need_ms} of {free}"]
+        wants += [f"{need_sar} of SAR1, SAR2"] if need_sar else []
+        fail(2, f"--mode {args.mode} --views {args.views} needs {', '.join(wants)}; this archive "
+             f"has {', '.join(ms + sar)}")  # fmt: skip
+
+    spare: list[tuple[str, str]] = []
+    if args.num_pairs < len(listed):
+        keys = stream(args.seed, SUBSET).random(len(listed))
+        chosen = np.sort(np.argsort(keys, kind="stable")[: args.num_pairs])
+        spare = [listed[i] for i in np.setdiff1d(np.arange(len(listed)), chosen)]
+        listed = [listed[i] for i in chosen]
+    if len(listed) < args.batch_size:
+        advice = f"--batch-size {len(listed)} or less" if len(listed) > 1 else "2 pairs or more"
+        fail(2, f"{len(listed)} pairs fill no batch: use {advice}")
+    names = [s2 for s2, _ in listed]
+    try:
+        "\n".join([*sys.argv, *names]).encode()
+    except UnicodeEncodeError:
+        fail(2, f"a name is not UTF-8: rename it, or link to it by another: {ascii(str(root))}")
+    pool = spare if len(spare) >= min(256, len(listed)) else listed  # not trained on, if there are
+    pool = [pool[i] for i in stream(args.seed, WATCHED).permutation(len(pool))[:256]]
+    files, watched = (
+        np.array([[str(root / path) for path in side] for side in zip(*some, strict=True)], object)
+        for some in (listed, pool)
+    )
+    for path in files[:, 0]:
+        tile = bandcrop.info(path)
+        if max(tile.height, tile.width) > 2048:
+            warn(f"{path} is {tile.height} x {tile.width}: a crop of a whole scene is shrunk to "
+                 f"{args.size}: cut tiles first: gdal_retile.py -ps 256 256 -targetDir tiles "
+                 "FILE")  # fmt: skip
+    use = ms + sar if need_sar else ms
+    return Archive(
+        names, files, watched, use, np.array([place[band] for band in use]),
+        np.array([len(order) for order in orders]), (root / "SYNTHETIC.txt").exists(), excluded,
+    )  # fmt: skip
+
+
+def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each band over up to 256 pairs; NaN and nodata left out."""
+    chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
+    say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
+    file, band = archive.place.T
+    paths = archive.files[file][:, chosen].T.tolist()
+    bad = "report" if args.bad_tiles == "skip" else "raise"
+    try:
+        mean, std = bandcrop.statistics(
+            paths, [band.tolist()] * len(chosen), [archive.widths[file].tolist()] * len(chosen), bad
+        )
+    except bandcrop.TileError as error:
+        fail(1, f"{error} (--bad-tiles skip goes on without it; band counts are from --s2-bands "
+             "and --s1-bands)")  # fmt: skip
+    for name, m, s in zip(archive.bands, mean, std, strict=True):
+        if s == 0:
+            fail(1, f"band {name}/{BANDS[name]} is empty or constant in {len(chosen)} tiles")
+        if name in SAR and 0 < m < 10:
+            warn(f"{name}'s mean is {m:.3g}: linear power? Decibels are expected: "
+                 "gdal_calc.py -A FILE --calc='10*log10(A)' --outfile=DB.tif")  # fmt: skip
+    return mean.tolist(), std.tolist()
+
+
+def make_request(
+    files: np.ndarray, pairs: np.ndarray, bands: np.ndarray, archive: Archive, stats: np.ndarray
+) -> dict:
+    """What bandcrop is to read: whole views of `pairs` int [N] with bands int [N, C]."""
+    file, band = archive.place[bands].transpose(2, 0, 1)  # [N, C] each
+    return {
+        "paths": files[file, pairs[:, None]].tolist(), "bands": band, "bad": "report",
+        "mean": stats[0][bands], "std": stats[1][bands], "bands_in_file": archive.widths[file],
+    }  # fmt: skip
+
+
+def requests(
+    archive: Archive, stats: np.ndarray, args: argparse.Namespace, steps: range
+) -> Iterator[dict]:
+    """This process's share of the global batches `steps`: view a of N pairs, then view b of them.
+
+    stats: float32 [2, bands] = mean, std.
+    """
+    pairs, local = len(archive.names), args.batch_size // WORLD
+    plan_of = lru_cache(1)(lambda epoch: plan_epoch(epoch, pairs, archive.bands, args))
+    for step in steps:
+        epoch, at = divmod(step, pairs // args.batch_size)
+        plan, first = plan_of(epoch), at * args.batch_size + RANK * local
+        rows = slice(first, first + local)
+        windows, orient, bands, draws = (
+            np.concatenate([part[rows, 0], part[rows, 1]])
+            for part in (plan.windows, plan.orient, plan.bands, plan.draws)
+        )
+        pair = np.tile(plan.pairs[rows], 2)
+        request = make_request(archive.files, pair, bands, archive, stats)
+        extra = {"pairs": pair, "bands": bands, "draws": draws}
+        yield request | {"windows": windows, "orient": orient, "extra": extra}
+
+
+def replace_bad(
+    batch: bandcrop.Batch, bad: dict[str, str], archive: Archive, args: argparse.Namespace
+) -> str:
+    """In place of a pair that cannot be read the batch's next good one; `bad` collects them.
+
+    Returns why the run must stop, or "".
+    """
+    pairs, count = batch.request["extra"]["pairs"], len(batch.x) // 2
+    errors = {i % count: message for i, message in reversed(batch.report.errors)}
+    for i, message in sorted(errors.items()):
+        bad.setdefault(archive.names[pairs[i]], message)
+        good = next((j % count for j in range(i + 1, i + count) if j % count not in errors), None)
+        if args.bad_tiles == "stop":
+            return f"{message} (--bad-tiles skip goes on without it)"
+        if len(bad) > 0.01 * len(archive.names):
+            return f"{len(bad)} of {len(archive.names)} pairs are bad, over 1 %: {message}"
+        if good is None:
+            return f"no pair of a batch can be read: {message}"
+        for view in (0, count):
+            batch.x[view + i] = batch.x[view + good]
+    return ""
+
+
+# The run's files ----------------------------------------------------------------------------------
+# >>> shared: files
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# <<< shared: files
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print, by the first process; a reader that has gone or a full disk does not end a run."""
+    if RANK or sys.stdout is None:
+        return
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def warn(message: str) -> None:
+    if not RANK:
+        print(f"pretrain.py: warning: {message}", file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:
@@ -795,19 +743,191 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda beside: beside.write_text(text) and None)
+def new_config(
+    args: argparse.Namespace, archive: Archive, device: torch.device, precision: str, sha: str
+) -> dict:
+    """Everything that says what a run is, written to config.json."""
+    mean, std = band_statistics(archive, args)
+    settings = vars(args) | {"out": str(args.out)}
+    opened = [a.dest for a in make_parser()._actions if "[open]" in (a.help or "")]
+    cuda = device.type == "cuda"
+    config = {
+        "schema": 1, "name": run_name(args, len(archive.names)), "settings": settings,
+        "paper_leaves_open": {key: settings[key] for key in opened},
+        "pairs": {"used": len(archive.names), "sha256": sha, "synthetic": archive.synthetic,
+                  "excluded": archive.excluded},
+        "bands": {"names": archive.bands, "mean": mean, "std": std},
+        "precision": precision,
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+            "torch_threads": torch.get_num_threads(),
+            "processes": WORLD,
+            "fp32_matmul": torch.get_float32_matmul_precision(),  # "highest": no TF32
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        },
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, safetensors)}
+        | {"python": sys.version.split()[0]},
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=1)
+    write_atomic(args.out / "config.json", lambda beside: beside.write_text(text))
+    return config
+
+
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """write_atomic that ends with a line: a full disk costs this save, never the one before."""
+    try:
+        write_atomic(path, write)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError too
+        fail(1, f"cannot save {path}: {reason(error)}: mend it, then --resume")
+
+
+def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> None:
+    """The student's encoder under torchvision's names; metadata says what it is and saw."""
+    settings, bands, pairs = config["settings"], config["bands"], config["pairs"]
+    about = {
+        "name": config["name"], "epoch": f"{epoch:g}", "command": config["command"],
+        "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
+        "std": json.dumps(bands["std"]), "synthetic": str(pairs["synthetic"]).lower(),
+        "pairs": str(pairs["used"]),
+    } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
+    if settings["exclude"]:
+        about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
+    tensors = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
+    data = safetensors.torch.save(tensors, about)
+    keep(path, lambda beside: beside.write_bytes(data))
+
+
+def save(out: Path, config: dict, byol: BYOL, epoch: float, state: dict) -> None:
+    """encoder.safetensors, then checkpoint.pt: a run killed in between writes both again."""
+    if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
+        diverged(out, state["step"])
+
+    def write(beside: Path) -> None:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+
+    save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
+    keep(out / "checkpoint.pt", write)
+
+
+def diverged(out: Path, step: int) -> NoReturn:
+    kept = f": {out}/checkpoint.pt is the last good one" if (out / "checkpoint.pt").exists() else ""
+    fail(1, f"loss or weights are not finite by step {step}{kept}: lower --lr or --precision fp32")
+
+
+def load_checkpoint(
+    path: Path, byol: BYOL, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, Tensor, dict[str, str]]:
+    """Restore a run: its step, what was summed since the last log line, its bad pairs."""
+    try:
+        if part := zipfile.ZipFile(path).testzip():  # torch does not verify checksums
+            raise ValueError(f"the checksum of {part}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        byol.load_state_dict(state["byol"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return int(state["step"]), state["sums"].view(4), dict(state["bad"])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways
+        fail(1, f"{path} is damaged or of another version ({reason(error)}): start again with "
+             "another --out")  # fmt: skip
 
 
 def resume_log(path: Path, step: int) -> None:
-    """Cut what was logged after the checkpoint: those steps are taken again."""
-    kept = ""
-    for line in path.read_text(errors="replace").splitlines(True) if path.exists() else []:
-        torn = not (line.startswith("{") and line.endswith("}\n"))  # by a full disk, a lost machine
-        if torn or json.loads(line)["step"] > step:
-            break
-        kept += line
-    write_text(path, kept)
+    """Cut what was logged after the checkpoint, and a torn last line: those steps come again."""
+    kept = []
+    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            after = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                fail(1, f"{path}: line {number} is damaged: remove it, then --resume")
+            after = True
+        if not after:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    write_atomic(path, lambda beside: beside.write_text("".join(kept)))
+
+
+def draw_views(
+    path: Path, batch: bandcrop.Batch, views: Tensor, archive: Archive, stats: np.ndarray
+) -> None:
+    """Up to eight pairs as they lie on the ground, above the same as the networks see them.
+
+    Each: view a, then view b; mean grey, +-2.5 standard deviations.
+    """
+    from PIL import Image, ImageDraw
+
+    half = len(views) // 2
+    count, side = min(8, half), max(96, views.shape[-1])
+    shown = np.concatenate([np.arange(count), half + np.arange(count)])
+    extra = batch.request["extra"]
+    request = make_request(archive.files, extra["pairs"][shown], extra["bands"][shown], archive,
+                           stats)  # fmt: skip
+    ground = torch.empty(len(shown), *views.shape[1:])
+    bandcrop.Reader(1).fill(ground, **request)
+    sheet = Image.new("RGB", (count * (side + 4), 4 * (side + 18)), "white")
+    write = ImageDraw.Draw(sheet)
+    for i, view in enumerate(torch.cat([ground, views[shown].float().cpu()])):
+        image = ((view / 5 + 0.5).clamp(0, 1) * 255).byte().numpy()
+        tile = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        left, top = i % count * (side + 4), i // count * (side + 18)
+        sheet.paste(tile.convert("RGB").resize((side, side)), (left, top))
+        names = [archive.bands[band] for band in extra["bands"][shown[i % len(shown)]]]
+        write.text((left, top + side + 2), " ".join(names), fill="black")
+    write_atomic(path, lambda beside: sheet.save(beside, format="PNG"))
+
+
+# What is learnt, without labels -------------------------------------------------------------------
+def mean_rank(prediction: Tensor, projection: Tensor) -> float:
+    """[N, P] each: mean rank of the right row among all, by cosine; 0 best, 0.5 chance."""
+    cosine = F.normalize(prediction, dim=1) @ F.normalize(projection, dim=1).T  # [N, N]
+    right = cosine.diagonal()[:, None]
+    rank = (cosine > right).sum(1) + ((cosine == right).sum(1) - 1) / 2
+    return float(rank.mean()) / (len(cosine) - 1)
+
+
+def rank_me(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2023): how many directions features [N, D] fill."""
+    values = torch.linalg.svdvals(features)
+    share = values / values.sum() + 1e-7
+    return float((-share * share.log()).sum().exp())
+
+
+@torch.no_grad()
+def watch_learning(
+    byol: BYOL, archive: Archive, stats: np.ndarray, args: argparse.Namespace,
+    device: torch.device, autocast: Callable[[], torch.autocast],
+) -> dict[str, float]:  # fmt: skip
+    """`match`, the mean rank in both directions, and `rank`, RankMe, of whole tiles as they are."""
+    places = archive.watched.shape[1]
+    u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
+    bands = choose_bands(u, archive.bands, args.mode, args.views)  # [places, 2, C]
+    wanted = [
+        make_request(archive.watched, np.tile(at, 2), np.concatenate([bands[at, 0], bands[at, 1]]),
+                     archive, stats)
+        for at in np.array_split(np.arange(places), math.ceil(places / args.batch_size))
+    ]  # fmt: skip
+    shape = (2 * args.batch_size, CHANNELS[args.mode], args.size, args.size)
+    seen = []  # of each batch: features, predictions and projections, [2, N, .] each
+    byol.eval()
+    for batch in bandcrop.stream(wanted, shape, device, args.threads, ahead=1):
+        views = batch.x.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            features = byol.student.encoder(views)
+            prediction = byol.predictor(byol.student.projector(features))
+            projection = byol.teacher.projector(byol.teacher.encoder(views))
+        seen.append(
+            [widen(x).cpu().unflatten(0, (2, -1)) for x in (features, prediction, projection)]
+        )
+    byol.train()
+    features, p, t = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
+    match = (mean_rank(p[0], t[1]) + mean_rank(p[1], t[0])) / 2
+    return {"match": match, "rank": rank_me(features.flatten(0, 1))}
 
 
 # Loop ---------------------------------------------------------------------------------------------
@@ -822,232 +942,319 @@ def native_bf16(device: torch.device) -> bool:
 # <<< shared: precision
 
 
-def start(args: argparse.Namespace, config: dict) -> tuple[dict, torch.device, int, int]:
-    """Settle device, processes and precision; write a new run's config.json."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(name: str, precision: str) -> tuple[torch.device, str]:
+    """The device to run on and its precision, both tried."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type not in ("cuda", "cpu"):
+            raise RuntimeError("only cuda and cpu are known here")
+        if device.type == "cuda":  # this process's own card, before anything else touches CUDA
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True
+        torch.zeros(1, device=device).add_(1).item()  # fails where this build has no kernels for it
     except (RuntimeError, AssertionError) as error:
         fail(2, f"--device {name} cannot be used: {reason(error)}")
-    if args.batch_size % world or args.batch_size < 2 * world:
-        fail(2, f"--batch-size {args.batch_size} is not 2 or more for each of {world} processes")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        shared = [config]
-        dist.broadcast_object_list(shared, device=device)
-        config = shared[0]
-    if "precision" not in config:  # "auto" is settled once: a resumed run keeps it on any machine
-        auto = "bf16" if native_bf16(device) else "fp32"
-        config["precision"] = auto if args.precision == "auto" else args.precision
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        threads = torch.get_num_threads()
-        config["hardware"] = {"device": hardware, "torch_threads": threads, "processes": world}
-        if rank == 0:
-            write_text(args.out / "config.json", json.dumps(config, indent=1))
-    return config, device, rank, world
+    cuda, native = device.type == "cuda", native_bf16(device)
+    if precision == "bf16" and cuda and not native:
+        fail(2, f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
+    if precision == "auto":
+        precision = "bf16" if native else "fp16" if cuda else "fp32"
+    return device, precision
 
 
-def compile_networks(student: Network, teacher: Network, example: Tensor, autocast) -> None:
-    """torch.compile both, tried forward and backward on the spot; on any failure go on without."""
-    networks = (student, teacher)
-    before = [copy.deepcopy(network.state_dict()) for network in networks]
+def compile_networks(byol: BYOL, a: Tensor, b: Tensor, autocast: Callable) -> None:
+    """torch.compile student and teacher, tried on views as the loop's; without, if it fails."""
+    say("compiling, minutes")
+    before = copy.deepcopy(byol.state_dict())
     try:
-        for network in networks:
-            network.compile(dynamic=False)
+        byol.student.compile(dynamic=False)
+        byol.teacher.compile(dynamic=False)
         with autocast():
-            loss, _ = step_loss(student, teacher, example, example)
+            loss, _ = byol(a, b)
         loss.backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing compiler, an unsupported card: many types
-        print(f"torch.compile fails here: {reason(error)}: going on without it", file=sys.stderr)
-        for network in networks:
-            network._compiled_call_impl = None
-    for network, state in zip(networks, before, strict=True):
-        network.load_state_dict(state)
-    student.zero_grad(set_to_none=True)
+        warn(f"torch.compile fails here, going on without it: {reason(error)}")
+        byol.student._compiled_call_impl = byol.teacher._compiled_call_impl = None
+    byol.load_state_dict(before)
+    byol.zero_grad()
 
 
-def agree(sums: Tensor, bad: dict[str, str], asked: list[int], world: int) -> list[int]:
-    """Share sums and bad tiles among processes at the same step; signals that any of them got."""
+def agree(due: int, stop: int, sums: Tensor, bad: dict[str, str]) -> list[int]:
+    """What is due in any process; sums become means over all, and bad everyone's."""
+    asked = torch.tensor([due, stop])  # on the CPU: no GPU is waited for
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
     dist.all_reduce(sums)
-    sums[:3] /= world  # means; the fourth is a count
-    everyone: list = [None] * world
-    dist.all_gather_object(everyone, (bad, asked))
-    for theirs, _ in everyone:
+    sums /= WORLD
+    everyone: list = [None] * WORLD
+    dist.all_gather_object(everyone, bad)
+    for theirs in everyone:
         bad.update(theirs)
-    return [signum for _, signals in everyone for signum in signals]
+    return asked.tolist()
 
 
-def build(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
-    """Student, teacher and optimiser of a new run, and its state: what a checkpoint holds."""
+def duration(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02}h"
+    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
+
+
+def progress(record: dict, left: float) -> str:
+    """A line of 80 columns or fewer."""
+    speed = record["timing"]["pairs_per_second"]
+    return (
+        f"epoch {record['epoch']:.1f} loss {record['loss']:.2f} cosine {record['cosine']:.2f} "
+        f"spread {record['std']:.3f} {speed:.{1 if speed < 100 else 0}f} pairs/s "
+        f"wait {100 * record['timing']['data_wait']:.0f}% left {duration(left)}"
+    )
+
+
+def two_views(
+    x: Tensor, draws: np.ndarray, device: torch.device, args: argparse.Namespace
+) -> tuple[Tensor, ...]:
+    """Augmented views a and b, [N, C, S, S] each, of x [2N, C, S, S] on the device."""
+    drawn = torch.from_numpy(draws)
+    if device.type == "cuda":
+        drawn = drawn.pin_memory()
+    views = augment(x, drawn.to(device, non_blocking=True), args)
+    return views.contiguous(memory_format=torch.channels_last).chunk(2)
+
+
+def listen() -> list[int]:
+    """The list that SIGINT, SIGTERM and SIGHUP will be added to; a second one leaves at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background
+            signal.signal(number, ask)
+    return asked
+
+
+def describe(
+    args: argparse.Namespace, device: torch.device, precision: str, compiled: bool, byol: BYOL,
+    per_epoch: int,
+) -> None:  # fmt: skip
+    """Say once what the run runs on, what it was told, and how to read its lines."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA GPU in use"
+    say(f"on {device} ({card}), {precision}, {'' if compiled else 'not '}compiled")
+    if device.type == "cpu" and WORLD > 1:
+        warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
+    millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
+    steps = args.epochs * per_epoch
+    say(f"{args.arch}, {millions:.1f} million parameters; {steps} steps, {per_epoch} an epoch")
+    say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
+    if args.recipe == "paper" and steps < 20000:
+        say("few steps: try --recipe small: F1 0.65 (3,100 steps), not 0.44 (1,500); README")
+    say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
+
+
+def judge(record: dict, args: argparse.Namespace) -> None:
+    """Say of a log line what is learnt, and what is wrong."""
+    if "match" in record:
+        say(f"  match {record['match']:.3f}, rank {record['rank']:.1f} (RankMe)")
+    if record["std"] < 0.1 * args.projection**-0.5:
+        warn(f"COLLAPSE: the projection's spread is {record['std']:.2g}: try a higher --tau or a "
+             "lower --lr")  # fmt: skip
+    epoch, within = divmod(record["epoch"], 1)
+    ends = not within and not in_cycle(int(epoch), args.restart_epochs, args.restart_mult)[0]
+    late = record["step"] >= 1000  # before, the cosine tells nothing
+    if ends and late and record["cosine"] > 0.6 and args.views == "ms-sar":
+        warn(f"cosine is {record['cosine']:.2f} at a cycle's end: of twelve runs those that learnt "
+             "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (README)")  # fmt: skip
+
+
+def start() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
+    """Settings, the run's config (written, where it is new), its pairs, its device."""
+    args, config = read_settings()
+    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+        fail(2, f"--batch-size {args.batch_size} is not 2 or more for each of {WORLD} processes")
+    device, precision = choose_device(
+        args.device, config["precision"] if config else args.precision
+    )
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    archive = open_archive(args)
+    pairs = len(archive.names)
+    fewer = f" (fewer than --num-pairs {args.num_pairs})" if pairs < args.num_pairs else ""
+    kind = "synthetic pairs" if archive.synthetic else "pairs"
+    say(f"{run_name(args, pairs)}: {pairs} {kind}{fewer} -> {args.out}")
+    sha = hashlib.sha256("\n".join(archive.names).encode()).hexdigest()
+    if RANK == 0 and not config:
+        config = new_config(args, archive, device, precision, sha)
+    if WORLD > 1:
+        shared = [config]
+        dist.broadcast_object_list(shared)
+        config = shared[0]
+    if config["pairs"]["sha256"] != sha:
+        fail(2, f"{args.out} was started otherwise: the list of pairs (then "
+             f"{config['pairs']['used']}, now {pairs})")  # fmt: skip
+    return args, config, archive, device
+
+
+def build(
+    args: argparse.Namespace, precision: str, device: torch.device
+) -> tuple[BYOL, torch.optim.Optimizer, torch.amp.GradScaler, int, Tensor, dict[str, str]]:
+    """Networks, optimiser, loss scaling, step, sums and bad pairs, new or as the run left them."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
-    student = Network(args.arch, CHANNELS[args.mode], args.hidden, args.projection)
-    student = student.to(device, memory_format=torch.channels_last)
-    if world > 1:
-        student = synchronise_batchnorm(student, device)
-    teacher = make_teacher(student)
-    optimizer = make_optimizer(student, args)
-    step, bad = 0, {}
-    sums = torch.zeros(4, device=device)  # since the last log line: watch (3), replaced
-    path = args.out / "checkpoint.pt"
-    if path.exists():
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways
-            fail(1, f"{path} is damaged ({reason(error)}): start again with another --out")
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, bad, sums = state["step"], state["bad"], state["sums"][:4]
-    return student, teacher, optimizer, step, bad, sums
+    byol = BYOL(make_encoder(args.arch, CHANNELS[args.mode]), args.hidden, args.projection)
+    if WORLD > 1 and device.type == "cuda":
+        byol = nn.SyncBatchNorm.convert_sync_batchnorm(byol)
+    byol = byol.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(byol, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    step, sums, bad = 0, torch.zeros(4), {}  # sums since the last log line: watch (3), replaced
+    if (file := args.out / "checkpoint.pt").exists():
+        step, sums, bad = load_checkpoint(file, byol, optimizer, scaler)
+    if WORLD > 1:
+        steps = [0] * WORLD
+        dist.all_gather_object(steps, step)
+        if set(steps) != {step}:
+            fail(2, f"the processes start at steps {steps}: give all nodes the same {args.out}")
+    return byol, optimizer, scaler, step, sums.to(device), bad
 
 
-def main(args: argparse.Namespace, archive: Archive, config: dict) -> int:
-    config, device, rank, world = start(args, config)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, config["precision"] == "bf16")
-    student, teacher, optimizer, step, bad, sums = build(args, device, world)
-    out, first = args.out, rank == 0
-    sums[3] *= first  # a count that is summed over processes, not a mean
-    per_epoch = len(archive.names) // args.batch_size
-    end = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    if args.resume and first:
-        print(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
-        resume_log(out / "log.jsonl", step)
-    if step >= end:
-        print(f"nothing left to do: step {step} of {end}")
-        return 0
-    if args.compile or (args.compile is None and device.type == "cuda" and world == 1):
-        shape = (args.batch_size // world, CHANNELS[args.mode], args.size, args.size)
-        example = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-        compile_networks(student, teacher, example, autocast)
-    model: nn.Module = student
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(student)
-
-    asked: list[int] = []  # the signals that asked to stop
-
-    def ask(signum: int, frame: object) -> None:
-        asked.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
-
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-
+def main() -> int:
+    args, config, archive, device = start()
+    out, precision, pairs = args.out, config["precision"], len(archive.names)
+    byol, optimizer, scaler, step, sums, bad = build(args, precision, device)
+    per_epoch = pairs // args.batch_size
+    began_at, end = step, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
-    log_every, healthy = min(args.log_every, per_epoch), args.projection**-0.5
-    terminal = sys.stdout.isatty()
-    log = open(out / "log.jsonl" if first else os.devnull, "a")
-    began = shown = saved = since = time.monotonic()
-    save_seconds, waited, taken, listed = 0.0, 0.0, 0, 0
-    warned = not first  # of a collapse: once, by one process
+    shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    autocast = partial(torch.autocast, device.type, half, precision != "fp32")
+    compiled = args.compile or (args.compile is None and device.type == "cuda" and WORLD == 1)
+    describe(args, device, precision, compiled, byol, per_epoch)
+    if args.resume:
+        say(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
+    if step >= end:
+        say(f"nothing left to do: step {step} of {end}")
+        return 0
+    if compiled:
+        nothing = torch.zeros(shape, device=device), np.zeros((shape[0], 7), np.float32)
+        compile_networks(byol, *two_views(*nothing, device, args), autocast)
+    model: nn.Module = byol
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(
+            byol, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+        )
+    if RANK == 0:
+        for left_behind in out.glob(".*.part"):  # by a run that was killed as it saved
+            left_behind.unlink()
+        resume_log(out / "log.jsonl", step)
+    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
+    log_every, terminal = min(args.log_every, per_epoch), sys.stdout and sys.stdout.isatty()
+    watch_every = math.ceil(50 * archive.watched.shape[1] / pairs)  # epochs: under 1 % of the time
+    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    began = since = shown = saved = time.monotonic()
+    waited, taken, listed, asked = 0.0, 0, 0, listen()
 
-    for batch in batches(archive, stats, args, range(step, end), device, rank, world, bad):
+    def save_all() -> None:
+        """All that a resumed run needs; the log never falls behind the checkpoint."""
+        os.fsync(log.fileno())
+        save(out, config, byol, step / per_epoch, {
+            "step": step, "byol": byol.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "sums": sums, "bad": bad,
+        })  # fmt: skip
+
+    wanted = requests(archive, stats, args, range(step, end))
+    for batch in bandcrop.stream(wanted, shape, device, args.threads or max(1, processors)):
+        if problem := replace_bad(batch, bad, archive, args):
+            if RANK == 0 and step > began_at:
+                save_all()
+            fail(1, problem)
+        a, b = two_views(batch.x, batch.request["extra"]["draws"], device, args)
+        if step == 0 and RANK == 0:
+            draw_views(out / "views.png", batch, torch.cat([a, b]), archive, stats)
         lr = learning_rate(step, per_epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        views = augment(batch.views.flatten(0, 1), batch.draws.flatten(0, 1), args)
-        a, b = views.contiguous(memory_format=torch.channels_last).chunk(2)  # [N, C, S, S] each
-        if step == 0 and first:
-            draw_views(out / "views.png", torch.stack([a, b]), batch, archive.bands)
-        sums[:3] += train_step(model, teacher, optimizer, a, b, args.tau, autocast)
-        sums[3] += batch.replaced
+        sums[:3] += train_step(model, optimizer, scaler, a, b, lr, args.tau, autocast)
+        sums[3] += WORLD * int(batch.report.replaced.sum())  # sums are means over processes
         step, taken, waited = step + 1, taken + 1, waited + batch.waited
 
         # What is due after this step: a log line, a progress line, a checkpoint
-        now = time.monotonic()
-        epoch_ends = step % per_epoch == 0
+        epoch, within = divmod(step, per_epoch)
         count = (step - 1) % per_epoch % log_every + 1  # steps since the last log line
-        line = epoch_ends or count == log_every
-        stop = list(asked) if world == 1 else agree(sums, bad, asked, world) if line else []
-        show = first and (epoch_ends or now - shown > (2 if terminal else 60))
-        due = now - saved > max(60, 100 * save_seconds)
-        if args.checkpoint_every:
-            due = step % args.checkpoint_every == 0
-        due = first and (due or stop or step == end)
-        if first and len(bad) > listed:
-            listed = len(bad)
-            rows = [f"{pair}\t{message}\n" for pair, message in bad.items()]
-            write_text(out / "bad_tiles.txt", "".join(rows))
+        line, now, every = not within or count == log_every, time.monotonic(), args.checkpoint_every
+        due, stop = not step % every if every else now - saved > 120, asked[0] if asked else 0
+        show = not within or (WORLD == 1 and now - shown > (2 if terminal else 60))
+        if WORLD > 1:  # all do the same at the same step
+            if not (line or step == end or step % 10 == 0 or (every and due)):
+                continue
+            due, stop = agree(due, stop, sums, bad)
+        due = due or stop or step == end
         if not (line or show or due):
             continue
-
         total, spread, cosine, replaced = sums.tolist()  # waits for the device
-        weights = student.parameters() if due else ()
-        if not (math.isfinite(total) and all(bool(w.isfinite().all()) for w in weights)):
-            fail(1, f"loss or weights are not finite by step {step}: {out} keeps its last good "
-                 "checkpoint: lower --lr or --precision fp32")  # fmt: skip
+        if not math.isfinite(total):
+            diverged(out, step)
         record = {
             "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
-            "std": spread / count, "cosine": cosine / count, "replaced": int(replaced),
+            "std": spread / count, "cosine": cosine / count, "replaced": round(replaced),
             "timing": {
                 "seconds": round(now - began, 3), "data_wait": round(waited / (now - since), 4),
                 "pairs_per_second": round(taken * args.batch_size / (now - since), 2),
-                "peak_memory_mb": peak_memory(device),
             },
         }  # fmt: skip
+        if RANK == 0 and not within and (epoch % watch_every == 0 or epoch == args.epochs):
+            record |= watch_learning(byol, archive, stats, args, device, autocast)
         if show:
-            progress(record, end, args, terminal, epoch_ends)
+            left = (end - step) * args.batch_size / record["timing"]["pairs_per_second"]
+            keep = not within or not terminal
+            say("\r\x1b[K" * bool(terminal) + progress(record, left), end="\n" if keep else "")
             shown = now
-        if line:
+        if line and RANK == 0:
             log.write(json.dumps(record) + "\n")
             log.flush()
+            judge(record, args)
+        if line:
             sums.zero_()
-            since, waited, taken = now, 0.0, 0
-            if record["std"] < 0.1 * healthy and not warned:
-                warned = True
-                print(f"\nWARNING: COLLAPSE: the projection's std is {record['std']:.2g}, healthy "
-                      f"is {healthy:.2g}: try a higher --tau or a lower --lr",
-                      file=sys.stderr)  # fmt: skip
-        epoch = step // per_epoch
-        restarts = in_cycle(epoch, args.restart_epochs, args.restart_mult)[0] == 0
-        if first and epoch_ends and restarts:
-            save_encoder(out / f"encoder-epoch{epoch:04d}.safetensors", student, config, epoch)
+            since, waited, taken = time.monotonic(), 0.0, 0
+        if RANK == 0 and len(bad) > listed:
+            listed = len(bad)
+            rows = "".join(f"{pair}\t{message}\n" for pair, message in bad.items())
+            write_atomic(out / "bad_tiles.txt", lambda beside, rows=rows: beside.write_text(rows))
+        restarts = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
+        if RANK == 0 and restarts:
+            file = out / f"encoder-epoch{epoch:04d}.safetensors"
+            save_encoder(file, byol.student.encoder, config, epoch)
         if due:
-            os.fsync(log.fileno())  # the log never falls behind the checkpoint
-            save(out, config, student, step / per_epoch, {
-                "step": step, "student": student.state_dict(), "teacher": teacher.state_dict(),
-                "optimizer": optimizer.state_dict(), "sums": sums, "bad": bad,
-            })  # fmt: skip
             saved = time.monotonic()
-            save_seconds = saved - now
+            if RANK == 0:
+                save_all()
         if stop:
-            break
-    if stop and first:
-        print(f"\nstopped at step {step}, saved: --resume goes on", flush=True)
-    return 128 + stop[0] if stop else 0
+            say(f"\nstopped at step {step} of {end}, saved: --resume --out {out} goes on")
+            return 128 + stop
+    bands = config["bands"]["names"][: CHANNELS[args.mode]]
+    say(f"done in {duration(time.monotonic() - began)}: {out}/encoder.safetensors\n"
+        f"next: python probe.py --dataset eurosat --band {','.join(bands)} "
+        f"--weights {out}/encoder.safetensors")  # fmt: skip
+    return 0
 
 
-def peak_memory(device: torch.device) -> int:
-    """Megabytes: of the device's memory on CUDA, of the process elsewhere (Linux counts KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def progress(record: dict, end: int, args: argparse.Namespace, terminal: bool, keep: bool) -> None:
-    """One line: rewritten in place on a terminal, and kept at an epoch's end."""
-    timing = record["timing"]
-    left = (end - record["step"]) * args.batch_size / max(timing["pairs_per_second"], 1e-9)
-    text = (
-        f"epoch {record['epoch']:.2f}/{args.epochs}  loss {record['loss']:.4f}  "
-        f"lr {record['lr']:.4f}  std {record['std']:.4f} ({args.projection**-0.5:.4f} is healthy)  "
-        f"{timing['pairs_per_second']:.1f} pairs/s  data wait {100 * timing['data_wait']:.1f} %  "
-        f"left {datetime.timedelta(seconds=round(left))}"
-    )
-    before, after = ("\r\x1b[K", "\n" if keep else "") if terminal else ("", "\n")
-    print(before + text, end=after, flush=True)
+def run() -> int:
+    """main, with one line for what may fail in any place: a disk, memory, an early Ctrl-C."""
+    try:
+        status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, bandcrop.TileError) as error:
+        fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail(1, f"out of memory: use a smaller --batch-size or --size: {reason(error)}")
 
 
 if __name__ == "__main__":
-    try:
-        STATUS = main(*PREPARED)
-        if dist.is_available() and dist.is_initialized():  # main's networks use it to their end
-            dist.destroy_process_group()
-    except OSError as problem:  # a full or vanished disk
-        place = PREPARED[0].out
-        fail(1, f"{place}: {problem}: the last checkpoint is whole: mend it, then --resume")
-    sys.exit(STATUS)
+    sys.exit(run())

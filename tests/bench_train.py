@@ -100,14 +100,14 @@ def make_ours(
 ) -> Callable[[], None]:
     """The step of pretrain.py's loop; `marks` collects (begin, end) of the augmentation."""
     torch.manual_seed(0)
-    student = pretrain.Network(settings.arch, 1, settings.hidden, settings.projection)
-    student = student.to(DEVICE, memory_format=torch.channels_last)
-    teacher = pretrain.make_teacher(student)
-    optimizer = pretrain.make_optimizer(student, settings)
-    fast = partial(autocast, True)
+    encoder = pretrain.make_encoder(settings.arch, 1)
+    byol = pretrain.BYOL(encoder, settings.hidden, settings.projection)
+    byol = byol.to(DEVICE, memory_format=torch.channels_last)
+    optimizer = pretrain.make_optimizer(byol, settings)
+    fast, off = partial(autocast, True), torch.amp.GradScaler(DEVICE.type, enabled=False)
     if DEVICE.type == "cuda":  # as the program does
         example = views[0].contiguous(memory_format=torch.channels_last)
-        pretrain.compile_networks(student, teacher, example, fast)
+        pretrain.compile_networks(byol, example, example, fast)
     plan = pretrain.plan_epoch(0, settings.batch_size, list(pretrain.BANDS), settings)
     draws = torch.from_numpy(plan.draws.swapaxes(0, 1).copy()).flatten(0, 1).to(DEVICE)  # [2N, 7]
     both, sums = views.flatten(0, 1), torch.zeros(3, device=DEVICE)
@@ -118,7 +118,8 @@ def make_ours(
         if marks is not None:
             marks.append((begin, mark()))
         a, b = x.contiguous(memory_format=torch.channels_last).chunk(2)
-        sums.add_(pretrain.train_step(student, teacher, optimizer, a, b, settings.tau, fast))
+        watch = pretrain.train_step(byol, optimizer, off, a, b, settings.lr, settings.tau, fast)
+        sums.add_(watch)
 
     return step
 
@@ -350,11 +351,9 @@ def bench_program(settings: argparse.Namespace, rounds: int, folder: Path) -> No
     seconds = [x["timing"]["seconds"] for x in run_program(root, large, 20, flags)]
     spans = np.diff(seconds)[3:]  # from the one after step 4, which saves
     save = median(spans[0::2] - spans[1::2])
-    interval = max(60, 100 * save[0])
-    share = 100 * save[0] / (interval + save[0])
-    print(f"\nSaving a ResNet-50 run: {show(save)} s; once in max(60 s, 100 x that) = "
-          f"{interval:.0f} s: {share:.2f} % of the time, aim < 1 "
-          f"{'met' if share < 1 else 'MISSED'}", flush=True)  # fmt: skip
+    share = 100 * save[0] / (120 + save[0])
+    print(f"\nSaving a ResNet-50 run: {show(save)} s; once in 120 s: {share:.2f} % of the time, "
+          f"aim < 1 {'met' if share < 1 else 'MISSED'}", flush=True)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""What runs on a GPU, run on FakeTensorMode's cuda tensors: no GPU is needed, nothing is computed.
+
+A tensor left on the CPU fails, and so does what makes the host wait for the GPU: .item(), .cpu(),
+.tolist(), nonzero, a mask as an index. The backward pass is torch's own and needs a GPU: in its
+place each leaf gets an empty gradient.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pretrain
+
+CUDA = torch.device("cuda", 0)
+
+
+class NoCopyToHost(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten._fused_sgd_:  # has no fake kernel
+            assert {x.device for part in args[:3] for x in part} == {CUDA}
+            return None
+        out = function(*args, **(kwargs or {}))
+        before = [x.device.type for x in args if isinstance(x, Tensor)]
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            assert not (out.device.type == "cpu" and "cuda" in before), "the host waits for a copy"
+        return out
+
+
+def empty_gradients(loss: Tensor, **_: object) -> None:
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            node.variable.grad = torch.empty_like(node.variable)
+        nodes += [parent for parent, _ in node.next_functions]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch) -> Iterator[None]:
+    """Within: tensors made with device="cuda" are fake ones; autocast is bf16, as on a GPU."""
+    monkeypatch.setattr(Tensor, "backward", empty_gradients)
+    pretrain.shifts.cache_clear()
+    with FakeTensorMode(), NoCopyToHost():
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        yield
+        torch.set_autocast_enabled("cuda", False)
+    pretrain.shifts.cache_clear()
+
+
+def to_fake_cuda(module: nn.Module) -> nn.Module:
+    """`module`, made outside the mode, with fake cuda tensors in place of its own."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, x in own.items():
+                if x is not None:
+                    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
+                    own[name] = nn.Parameter(y, x.requires_grad) if name in part._parameters else y
+    return module
+
+
+# Before `fake_cuda`, which a module's first weights cannot be drawn in.
+@pytest.fixture
+def byol() -> pretrain.BYOL:
+    module = pretrain.BYOL(pretrain.make_encoder("resnet18", 3), 16, 8)
+    return module.to(memory_format=torch.channels_last)
+
+
+def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(byol, fake_cuda):
+    args = pretrain.make_parser().parse_args(["--mode", "three", "--size", "64"])
+    to_fake_cuda(byol)
+    optimizer = pretrain.make_optimizer(byol, args)
+    x, draws = torch.empty(8, 3, 64, 64, device=CUDA), torch.empty(8, 7, device=CUDA)
+    views = pretrain.augment(x, draws, args)
+    a, b = views.contiguous(memory_format=torch.channels_last).chunk(2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    watch = pretrain.train_step(byol, optimizer, scaler, a, b, 0.1, 0.9, nullcontext)
+    assert watch.shape == (3,) and watch.device == CUDA and watch.dtype == torch.float32
+    assert byol.student(a).dtype == torch.bfloat16
+
+
+def test_the_student_sees_both_views_with_the_strides_that_it_was_compiled_for(byol, fake_cuda):
+    args = pretrain.make_parser().parse_args(["--mode", "three", "--size", "64"])
+    seen = []
+    to_fake_cuda(byol).student.register_forward_pre_hook(
+        lambda module, x: seen.append((x[0].shape, x[0].stride()))
+    )
+    for fill in (torch.zeros, torch.empty):  # compile_networks' example, and a batch
+        x, draws = fill(8, 3, 64, 64, device=CUDA), fill(8, 7, device=CUDA)
+        views = pretrain.augment(x, draws, args)
+        byol(*views.contiguous(memory_format=torch.channels_last).chunk(2))
+    assert len(seen) == 4 and len(set(seen)) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda x: x + torch.ones(3),
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: bool((x > 0).all()),
+    ],
+    ids=["mixed devices", "item", "tolist", "cpu", "mask", "bool"],
+)
+def test_a_mixed_device_and_a_hidden_wait_fail_here(fault, fake_cuda):
+    with pytest.raises(Exception, match="device|host|data|dynamic|_local_scalar_dense|nonzero"):
+        fault(torch.empty(3, device=CUDA))
