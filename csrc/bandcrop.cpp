@@ -321,7 +321,7 @@ std::vector<float> statistics(const py::object& given, const char* name, Request
 Request checked_request(const py::array& out, const py::sequence& paths, const py::object& bands,
                         const py::object& windows, const py::object& orient, const py::object& mean,
                         const py::object& std, const std::string& bad,
-                        const py::object& bands_in_file) {
+                        const py::object& bands_in_file, const py::object& nodata) {
     Request request;
     request.out = static_cast<float*>(py::array(out).mutable_data());
     request.samples = static_cast<std::size_t>(out.shape(0));
@@ -386,6 +386,8 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
             request.orient.push_back(static_cast<std::uint8_t>(turn.at(i)));
         }
     }
+    // As text, like the tag that it stands for; a float's repr() is exact.
+    if (!nodata.is_none()) request.nodata = py::str(py::float_(nodata)).cast<std::string>();
     if (!bands_in_file.is_none()) {
         const Array<std::int64_t> count(checked(bands_in_file, "bands_in_file", "iu"));
         const bool for_each_path = count.ndim() == (request.file_per_band ? 2 : 1) &&
@@ -428,12 +430,12 @@ class Reader {
 
     py::object fill(const py::object& out, const py::sequence& paths, const py::object& bands,
                     const py::object& windows, const py::object& orient, const py::object& mean,
-                    const py::object& std, const std::string& bad,
-                    const py::object& bands_in_file) {
+                    const py::object& std, const std::string& bad, const py::object& bands_in_file,
+                    const py::object& nodata) {
         check_process(made_in_);
         py::array array = output_array(out);
-        const auto batch = std::make_shared<Batch>(
-            checked_request(array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
+        const auto batch = std::make_shared<Batch>(checked_request(
+            array, paths, bands, windows, orient, mean, std, bad, bands_in_file, nodata));
         if (pool_->threads() > 1 && batch->request.samples > 1) {
             pool_->submit(batch);
             return Ticket(pool_, batch, std::move(array)).wait();
@@ -445,11 +447,12 @@ class Reader {
 
     Ticket submit(const py::object& out, const py::sequence& paths, const py::object& bands,
                   const py::object& windows, const py::object& orient, const py::object& mean,
-                  const py::object& std, const std::string& bad, const py::object& bands_in_file) {
+                  const py::object& std, const std::string& bad, const py::object& bands_in_file,
+                  const py::object& nodata) {
         check_process(made_in_);
         py::array array = output_array(out);
-        auto batch = std::make_shared<Batch>(
-            checked_request(array, paths, bands, windows, orient, mean, std, bad, bands_in_file));
+        auto batch = std::make_shared<Batch>(checked_request(
+            array, paths, bands, windows, orient, mean, std, bad, bands_in_file, nodata));
         pool_->submit(batch);
         return Ticket(pool_, std::move(batch), std::move(array));
     }
@@ -479,6 +482,7 @@ bad      "raise": TileError for the lowest failing index (attribute `index`), th
          undefined; "report": failing samples are zeros and listed in the report's `errors`
 bands_in_file  how many bands each file must have, one number or one for each path: a file with
          another count cannot be read; None: any number
+nodata   this value is nodata in files that have no such tag of their own; None: none is
 
 Windows are resampled to H x W as PIL's resize(BICUBIC, box=window) does on mode "F": bicubic,
 a = -0.5, antialiased when shrinking; a window of exactly H x W whole pixels is copied exactly.
@@ -525,7 +529,8 @@ PYBIND11_MODULE(core, m) {
             "byte_order", [](const TileInfo& t) { return t.layout.big_endian ? "big" : "little"; })
         .def_property_readonly(
             "nodata", [](const TileInfo& t) { return nodata(t.layout); },
-            "the sample that GDAL takes for nodata, an int or a float as the samples are; None: the "
+            "the sample that GDAL takes for nodata, an int or a float as the samples are; None: "
+            "the "
             "file names none that its type can hold")
         .def_property_readonly(
             "epsg", [](const TileInfo& t) { return t.layout.epsg; },
@@ -554,10 +559,10 @@ PYBIND11_MODULE(core, m) {
         .def_property_readonly("threads", &Reader::threads)
         .def("fill", &Reader::fill, "out"_a, "paths"_a, "bands"_a, "windows"_a = py::none(),
              "orient"_a = py::none(), "mean"_a = py::none(), "std"_a = py::none(),
-             "bad"_a = "raise", "bands_in_file"_a = py::none(), fill_doc)
+             "bad"_a = "raise", "bands_in_file"_a = py::none(), "nodata"_a = py::none(), fill_doc)
         .def("submit", &Reader::submit, "out"_a, "paths"_a, "bands"_a, "windows"_a = py::none(),
              "orient"_a = py::none(), "mean"_a = py::none(), "std"_a = py::none(),
-             "bad"_a = "raise", "bands_in_file"_a = py::none(),
+             "bad"_a = "raise", "bands_in_file"_a = py::none(), "nodata"_a = py::none(),
              "Like fill(), but returns a Ticket at once; batches may overlap. `out` is kept alive "
              "and\n"
              "must not be touched until Ticket.wait() returns.");

@@ -58,6 +58,8 @@ Status Worker::image(const Request& request, Job& job, std::size_t first_channel
                 return Status::failure("tag 277 (SamplesPerPixel) is " +
                                        std::to_string(layout_.bands) + ", but band " +
                                        std::to_string(bands[c]) + " was asked for (0-based)");
+        if (!layout_.nodata && request.nodata)
+            layout_.nodata = nodata_sample(*request.nodata, layout_);
         double window[4] = {0, 0, 1, 1};
         if (!request.windows.empty())
             std::copy_n(request.windows.data() + job.index * 4, 4, window);

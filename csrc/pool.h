@@ -22,6 +22,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -39,6 +40,7 @@ struct Request {
     std::vector<std::string> paths;  // one for each sample or, with file_per_band, for each channel
     bool file_per_band = false;
     std::vector<std::uint32_t> bands_in_file;  // of each path; empty: any number
+    std::optional<std::string> nodata;         // of files without such a tag
     std::vector<std::int64_t> bands;           // [samples][channels]
     std::vector<double> windows;       // [samples][4]: top, left, height, width; empty: all of it
     std::vector<std::uint8_t> orient;  // [samples]; empty: 0

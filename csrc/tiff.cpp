@@ -140,26 +140,6 @@ std::uint64_t floating_bits(double value) {
     return bits;
 }
 
-// The sample that GDAL takes for nodata (GTiffDataset, GDALNoDataMaskBand): the number in the
-// file's type, a fraction cut off an integer, nothing if it is out of range.
-std::optional<std::uint64_t> nodata_sample(const std::string& text, const Layout& layout) {
-    if (text.empty()) return {};
-    const double value = number_of(text);
-    if (layout.kind == Kind::floating)
-        return layout.sample_bytes == 4 ? floating_bits<float>(value)
-                                        : floating_bits<double>(value);
-    const bool is_signed = layout.kind == Kind::signed_integer;
-    if (layout.sample_bytes == 8) {  // exact digits: not by way of a double
-        if (!std::isfinite(value)) return {};
-        return is_signed ? static_cast<std::uint64_t>(std::strtoll(text.c_str(), nullptr, 10))
-                         : std::strtoull(text.c_str(), nullptr, 10);
-    }
-    const double span = std::ldexp(1.0, static_cast<int>(8 * layout.sample_bytes));
-    const double least = is_signed ? -span / 2 : 0, most = (is_signed ? span / 2 : span) - 1;
-    if (!(value >= least && value <= most)) return {};
-    return static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
-}
-
 struct Entry {
     unsigned type = 0;
     std::uint64_t count = 0;   // 0 if the directory does not have it
@@ -436,6 +416,26 @@ Status Header::view(Source& source, std::uint64_t offset, std::uint64_t count,
     std::uint8_t* to = elsewhere_.reserve(static_cast<std::size_t>(count));
     bytes = to;
     return source.read(offset, to, static_cast<std::size_t>(count));
+}
+
+// The sample that GDAL takes for nodata (GTiffDataset, GDALNoDataMaskBand): the number in the
+// file's type, a fraction cut off an integer, nothing if it is out of range.
+std::optional<std::uint64_t> nodata_sample(const std::string& text, const Layout& layout) {
+    if (text.empty()) return {};
+    const double value = number_of(text);
+    if (layout.kind == Kind::floating)
+        return layout.sample_bytes == 4 ? floating_bits<float>(value)
+                                        : floating_bits<double>(value);
+    const bool is_signed = layout.kind == Kind::signed_integer;
+    if (layout.sample_bytes == 8) {  // exact digits: not by way of a double
+        if (!std::isfinite(value)) return {};
+        return is_signed ? static_cast<std::uint64_t>(std::strtoll(text.c_str(), nullptr, 10))
+                         : std::strtoull(text.c_str(), nullptr, 10);
+    }
+    const double span = std::ldexp(1.0, static_cast<int>(8 * layout.sample_bytes));
+    const double least = is_signed ? -span / 2 : 0, most = (is_signed ? span / 2 : span) - 1;
+    if (!(value >= least && value <= most)) return {};
+    return static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
 }
 
 Status parse(Source& source, Header& header, bool georeference, Layout& layout) {

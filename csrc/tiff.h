@@ -156,6 +156,9 @@ Status parse(Source& source, Header& header, bool georeference, Layout& layout);
 Status entries(Source& source, Header& header, const Layout& layout, const TagArray& array,
                std::uint64_t first, std::uint64_t count, std::uint64_t* to);
 
+// The bits of a file's sample that GDAL takes for nodata by this text (tag 42113), if it holds one.
+std::optional<std::uint64_t> nodata_sample(const std::string& text, const Layout& layout);
+
 const char* compression_name(Compression compression);
 
 }  // namespace bandcrop

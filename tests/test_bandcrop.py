@@ -329,6 +329,21 @@ def test_nodata_that_is_no_number_masks_no_number(tmp_path, text):
     assert bandcrop.info(path).nodata is None
 
 
+def test_nodata_can_be_named_for_files_without_a_tag(tmp_path):
+    array = image((1, 24, 24), "f4")
+    array[0, :3] = 0
+    plain = write(tmp_path / "plain.tif", array)
+    tagged = write(tmp_path / "tagged.tif", array, extratags=[(42113, 2, 6, "-9999", True)])
+    out = np.empty((2, 1, 24, 24), np.float32)
+    report = bandcrop.Reader(1).fill(out, [plain, tagged], [[0], [0]], mean=[7.0], nodata=0)
+    assert report.replaced.tolist() == [72, 0]  # a file's own tag counts, and no other value
+    assert (out[0, 0, :3] == 0).all() and np.array_equal(out[0, 0, 3:], array[0, 3:] - 7)
+    mean, std = bandcrop.statistics([plain], [[0]], nodata=0)
+    assert np.allclose([mean[0], std[0]], [array[0, 3:].mean(), array[0, 3:].std()])
+    mean, _ = bandcrop.statistics([tagged], [[0]], nodata=0)
+    assert np.isclose(mean[0], array.mean())
+
+
 def test_statistics_leave_out_each_files_own_nodata_exactly(tmp_path):
     big = 2**53 + 1  # as a float it would be its neighbour too
     arrays = np.array([[[[big, big - 1, 5]]], [[[big, 7, 5]]]])

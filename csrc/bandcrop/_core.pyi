@@ -77,6 +77,7 @@ class Reader:
         std: npt.ArrayLike | None = None,
         bad: Literal["raise", "report"] = "raise",
         bands_in_file: npt.ArrayLike | None = None,  # int: one number, or one for each path
+        nodata: float | None = None,  # of files without such a tag
     ) -> Report: ...
     def submit(
         self,
@@ -89,6 +90,7 @@ class Reader:
         std: npt.ArrayLike | None = None,
         bad: Literal["raise", "report"] = "raise",
         bands_in_file: npt.ArrayLike | None = None,  # int: one number, or one for each path
+        nodata: float | None = None,  # of files without such a tag
     ) -> Ticket: ...
 
 def info(path: _Path) -> TileInfo: ...

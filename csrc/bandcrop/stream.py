@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,25 +88,26 @@ def stream(
 
 
 def statistics(
-    paths: Sequence[Any],
+    paths: Iterable[Any],
     bands: npt.ArrayLike,
     bands_in_file: npt.ArrayLike | None = None,
     bad: str = "raise",
+    nodata: float | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and standard deviation of C channels over every sample of N tiles, float64 [C] each.
 
-    paths, bands, bands_in_file as for Reader.fill, whole tiles. Samples that are not finite or are
-    their own file's nodata are left out; a channel without any has mean and deviation 0.
+    paths (any iterable), bands, bands_in_file and nodata as for Reader.fill, whole tiles. Samples
+    that are not finite or nodata are left out; a channel without any has mean and deviation 0.
     bad="report" leaves out tiles that cannot be read; "raise" raises TileError.
     """
     chosen = np.asarray(bands)
-    files = [p if isinstance(p, (list, tuple)) else [p] * chosen.shape[1] for p in paths]
     expected = np.zeros(chosen.shape, int)
     if bands_in_file is not None:
         given = np.asarray(bands_in_file)
         expected += given[:, None] if given.ndim == 1 else given
     moments = np.zeros((3, chosen.shape[1]))  # count, sum, sum of squares
-    for index, row in enumerate(files):
+    for index, files in enumerate(paths):
+        row = files if isinstance(files, (list, tuple)) else [files] * chosen.shape[1]
         for path, channels in groupby(range(len(row)), row.__getitem__):
             at = list(channels)
             try:
@@ -119,8 +120,9 @@ def statistics(
                     error.index = index
                     raise
                 continue
+            absent = nodata if tile.nodata is None else tile.nodata
             for c, x in zip(at, values, strict=True):
-                good = x[np.isfinite(x) & (x != tile.nodata)].astype(np.float64)
+                good = x[np.isfinite(x) & (x != absent)].astype(np.float64)
                 moments[:, c] += good.size, good.sum(), np.square(good).sum()
     count, total, square = moments
     mean = total / np.maximum(count, 1)
