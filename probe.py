@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -130,7 +130,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.root.exists():
         fail(2, missing_data(args.dataset, args.root))
     for folder in filter(None, (args.out, args.cache)):
-        writable_folder(folder)
+        open_folder(folder)
     return args
 
 
@@ -222,16 +222,46 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     finally:
         beside.unlink(missing_ok=True)
 
 
 # <<< shared: files
+
+
+# >>> shared: table
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
+    if not path.is_file():
+        fail(2, f"{path}: no such file; it is a CSV file with the columns {','.join(columns)}")
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(1, f"{path}: not a readable UTF-8 text ({error})")
+    header: list[str] = []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = next(csv.reader([line], strict=True), [])
+        except csv.Error as error:
+            fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
+        if not header:
+            header = [value.strip() for value in values]
+            for column in columns:
+                if header.count(column) != 1:
+                    other = next((mark for mark in ";\t" if mark in line), "")
+                    why = f" (separator {other!r}?)" if other else ""
+                    fail(1, f"{path} line 1: no column {column}{why}: {line[:80]!r}")
+        elif values:
+            if len(values) != len(header):
+                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+            rows.append(dict(zip(header, values, strict=True)) | {"line": str(number)})
+    if not rows:
+        fail(1, f"{path}: no row under the header {','.join(header)}")
+    return rows
+
+
+# <<< shared: table
 
 
 # >>> shared: results
@@ -240,6 +270,23 @@ TRIPLES = {
     "RE": ["RE5", "RE6", "RE7"],
     "SAR": ["SAR1", "SAR2", "SAR1"],
 }
+# Results whose settings are equal in these may stand in one table.
+COMPARED = "files images classes ignored train_images head size arch bn stats epochs".split()
+
+
+def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
+    """(file, 0-based band in it) by the paper's names, from a file's band names in order.
+
+    B01, B09 and B10 (60 m) may be named and are not used.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    for place, name in enumerate(order):
+        if name.strip().upper() not in ("B01", "B09", "B10"):
+            band = band_name(name)
+            if band in places:
+                fail(2, f"band {band} ({BANDS[band]}) stands twice in {','.join(order)}")
+            places[band] = file, place
+    return places
 
 
 def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list[str]]:
@@ -251,34 +298,43 @@ def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list
         if band not in known:
             has = ", ".join(name for name in BANDS if name in known)
             fail(2, f"{dataset} has no band {band} ({BANDS[band]}); it has {has}")
+    if len(bands) not in (1, 3):
+        fail(2, f"{len(bands)} bands ({', '.join(bands)}): give one or three")
     return [bands]
 
 
-def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
-    """(file, 0-based band in it) by the paper's names, from a file's band names in order."""
-    lower = [name.strip().lower() for name in order]
-    return {
-        paper: (file, lower.index(name))
-        for paper, sentinel in BANDS.items()
-        for name in (paper.lower(), sentinel.lower())
-        if name in lower
-    }
-
-
-def writable_folder(folder: Path) -> None:
+def open_folder(folder: Path) -> None:
+    """Make the folder of the results, or refuse it; clear it of what killed runs left half."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(2, f"{folder}: cannot be made ({error.strerror}); choose another folder")
     if not os.access(folder, os.W_OK):
         fail(2, f"{folder}: not writable; choose another folder")
+    for part in folder.glob(".*.[0-9]*.part"):
+        if not Path("/proc", part.name.split(".")[-2]).exists():  # the process that wrote it
+            part.unlink(missing_ok=True)
 
 
-def result_stem(parts: list[str], settings: dict[str, Any], seed: int) -> str:
-    """A file name that no run with other settings has."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+def digest_files(files: Iterable[str]) -> str:
+    """sha256 over names, sizes and times of change: another archive, or other pixels, differs."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = os.stat(file)
+        digest.update(os.fsencode(os.path.abspath(file)))
+        digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 over anything that JSON can hold: equal if and only if all in it is equal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
+    """A file for this result and no other: `identity` is the digest of all that determines it."""
     readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
-    return f"{readable}-{digest}-seed{seed}"
+    return out / f"{readable}-{identity[:12]}-seed{seed}.json"
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -288,6 +344,64 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
         write_atomic(path, lambda beside: beside.write_text(text) and None)
+        print(f"wrote {path}", flush=True)
+
+
+def print_table(out: Path, paths: list[Path], metric: str) -> None:
+    """The metric of this run's results by band, beside random's and the floor's in `out`.
+
+    Mean over seeds and half the width of the 95 % interval (Student's t) where there are several.
+    """
+    from scipy.special import stdtrit  # Student's quantile; here, as it takes a second to import
+
+    first = json.loads(paths[0].read_text())
+    found: dict[str, dict[str, dict[int, float]]] = {}  # name: band: seed
+    for path in [*paths, *sorted(out.glob("*.json"))]:
+        try:
+            result = json.loads(path.read_text())
+            name, settings = result["weights"]["name"], result["config"]
+            if path not in paths:
+                if name not in ("Random init", "stats") or name == first["weights"]["name"]:
+                    continue
+                if any(
+                    result[key] != first[key] for key in ("stage", "dataset", "split", "subset")
+                ):
+                    continue
+                both = [(settings.get(key), first["config"].get(key)) for key in COMPARED]
+                if any(None not in pair and pair[0] != pair[1] for pair in both):
+                    continue
+            seeds = found.setdefault(name, {}).setdefault("+".join(result["bands"]), {})
+            seeds[result["seed"]] = result["metrics"][metric]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no result of this script
+    print(f"\n{metric}, mean over seeds ± half the 95 % interval")
+    print("".join(f"{title:22}" for title in ("band", *found)).rstrip())
+    for band in found[first["weights"]["name"]]:
+        cells = [band]
+        for bands in found.values():
+            values = np.array([*bands.get(band, {}).values()])
+            cells.append(f"{values.mean():.3f}" if len(values) else "-")
+            if len(values) > 1:
+                half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
+                cells[-1] += f" ± {half:.3f}"
+        print("".join(f"{cell:22}" for cell in cells).rstrip(), flush=True)
+
+
+class Progress:
+    """Says how far a part of the work is: in place on a terminal, once a minute in a log file."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.terminal, self.said = what, sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, done: int, count: int, note: str = "") -> None:
+        if time.monotonic() - self.said < (0.1 if self.terminal else 60) and done < count:
+            return
+        self.said = time.monotonic()
+        if self.terminal:
+            line = f"  {self.what}: {done} of {count}{note}" if done < count else ""
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        elif done < count:
+            print(f"  {self.what}: {done} of {count}{note}", flush=True)
 
 
 # <<< shared: results
@@ -295,62 +409,68 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 # >>> shared: weights
 ARCHS = ("resnet18", "resnet34", "resnet50")
-WEIGHTS = {  # what --weights takes beside our own files: the name in the paper's tables
-    "random": "Random init",
-    "scratch": "Scratch supervised",
-    "imagenet": "ImageNet supervised",
-    "imagenet-v2": "ImageNet supervised V2",
-    "byol-imagenet": "BYOL ImageNet",
-    "seco": "SeCo",
-    "coco": "MS-COCO DeepLabV3",
-}
+OWN_WEIGHTS = Path("runs/rs-byol-1/encoder.safetensors")  # of `pretrain.py --mode single`
+NEW_WEIGHTS = {"random": "Random init", "scratch": "Scratch supervised"}
 
 
 class Weights(NamedTuple):
-    kind: str  # a key of WEIGHTS, or "ours"
-    file: Path | None
     name: str  # as in the paper's tables
-    sha256: str | None  # of the file
-    metadata: dict[str, Any]  # of our own files, else empty
+    source: str  # the file; or what was typed
+    sha256: str | None  # of the file; None: new weights, drawn from the seed
+    metadata: dict[str, Any]  # pretrain.py's: arch, mode, epoch, ...; bands, mean, std as lists
+    tensors: dict[str, Any]  # by torchvision's names
 
 
-def find_weights(text: str) -> Weights:
-    """What --weights names, its file checked; no tensor is loaded and torch is not needed yet."""
-    kind, _, name = text.partition(":")
-    if text in WEIGHTS and text not in ("byol-imagenet", "seco"):
-        return Weights(text, None, WEIGHTS[text], None, {})
-    if kind not in ("imagenet", "byol-imagenet", "seco", "coco"):
-        kind, name = "ours", text
-    file = Path(name)
-    if not file.is_file():
-        known = "an encoder.safetensors, random, scratch, imagenet, imagenet-v2, coco"
-        fail(2, f"--weights {text}: no file {name!r}; use {known}, "
-                "imagenet:FILE, byol-imagenet:FILE, seco:FILE or coco:FILE")  # fmt: skip
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if kind != "ours":
-        return Weights(kind, file, WEIGHTS[kind], digest, {})
+def find_weights(text: str | None) -> Weights:
+    """What --weights names, read and checked; torch is not needed yet."""
+    if text is None:
+        text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
+    if text in NEW_WEIGHTS:
+        return Weights(NEW_WEIGHTS[text], text, None, {}, {})
+    digest = hashlib.sha256(weights_file(Path(text), f"--weights {text}")).hexdigest()
+    others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
     import safetensors
 
     try:
-        with safetensors.safe_open(file, framework="np") as opened:
+        with safetensors.safe_open(text, framework="np") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
-        for key in ("bands", "mean", "std"):
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        for key in {"bands", "mean", "std"} & metadata.keys():
             metadata[key] = json.loads(metadata[key])
-        return Weights(kind, file, metadata["name"], digest, metadata | {"mode": metadata["mode"]})
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        what = f"metadata lacks {error}" if isinstance(error, KeyError) else str(error)
-        fail(1, f"{file}: not an encoder of pretrain.py ({what}); others' weights are given as "
-                f"imagenet:{file}, byol-imagenet:, seco: or coco:FILE")  # fmt: skip
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        fail(1, f"{text}: no whole safetensors file ({error}); {others}")
+    if not metadata.get("name") or metadata.get("arch") not in ARCHS:
+        fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
+    return Weights(metadata["name"], text, digest, metadata, tensors)
+
+
+def weights_file(file: Path, asked: str) -> bytes:
+    """The bytes of a file that may hold weights; what it is instead, where its start says so."""
+    if not file.is_file():
+        fail(2, f"{asked}: no file {file}; see --help for what --weights takes")
+    data = file.read_bytes()
+    start = data[:64].lstrip().lower()
+    if not start:
+        fail(1, f"{file}: is empty: fetch it again")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        fail(1, f"{file}: is no weights file but a web page: fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        fail(1, f"{file}: is no weights file but a git-lfs pointer: run git lfs pull")
+    return data
 
 
 def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
     """Refuse bands that the weights cannot take; return those that the encoder never saw."""
-    if len(bands) not in (1, 3):
-        fail(2, f"{len(bands)} bands ({', '.join(bands)}): give one or three")
-    if len(bands) == 3 and weights.metadata.get("mode") == "single":
-        fail(2, f"{weights.file}: a one-channel encoder cannot take {', '.join(bands)}: give one")
+    if "conv1.weight" in weights.tensors:
+        channels = weights.tensors["conv1.weight"].shape[1]
+        if channels != len(bands) and (channels, len(bands)) != (3, 1):  # one is copied into three
+            named = f"{len(bands)} band{'s' * (len(bands) > 1)} ({', '.join(bands)})"
+            fail(2, f"{weights.source}: a {channels}-channel encoder, {named}: they must match")
     unseen = [band for band in bands if band not in weights.metadata.get("bands", bands)]
-    if stats == "encoder" and (unseen or not weights.metadata):
+    if stats == "encoder" and (unseen or "mean" not in weights.metadata):
         what = f"saw no {unseen[0]}" if unseen else "carries no statistics"
         fail(2, f"--stats encoder: {weights.name} {what}; use --stats train")
     return unseen
@@ -613,6 +733,18 @@ def read_ahead(
 
 # -------------------------------------------------------------------------------------- encoder
 # >>> shared: encoder
+def find_device(text: str) -> torch.device:
+    """What --device names; auto: cuda where there is one, else cpu."""
+    name = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fail(2, f"--device {text}: use auto, cpu, cuda or cuda:N")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(2, f"--device {text} cannot be used: {str(error).splitlines()[0]}")
+    return torch.device(name)
+
+
 def build_encoder(arch: str, channels: int) -> nn.Module:
     """torchvision's ResNet with random weights and no last layer: [N, channels, H, W] -> [N, D]."""
     encoder = getattr(torchvision.models, arch)()
@@ -624,84 +756,19 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
     return encoder.eval()
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
-    """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
+def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Module:
+    """The encoder in eval mode, frozen, on the CPU; new weights are drawn from `seed`."""
+    torch.manual_seed(seed)
+    if not weights.tensors:
+        return build_encoder(arch, bands).requires_grad_(False)
+    tensors = {name: torch.as_tensor(value) for name, value in weights.tensors.items()}
     try:
-        if file.suffix == ".safetensors":
-            import safetensors.torch
-
-            return safetensors.torch.load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file raises
-        if "weights_only" not in str(error).lower():
-            fail(1, f"{file}: no tensors could be read: {str(error).splitlines()[0]}")
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        fail(1, f"{file}: holds {named[1] if named else 'objects'} beside its tensors; nothing was "
-                "executed. If you trust it, keep the tensors only: torch.save(torch.load(FILE, "
-                "weights_only=False)['state_dict'], NEWFILE)")  # fmt: skip
-
-
-def download_tensors(kind: str, arch: str) -> dict[str, torch.Tensor]:
-    """torchvision's published weights, from torch hub's cache or the network, hash checked."""
-    name = f"{arch.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V{2 if kind[-1] == '2' else 1}"
-    if kind == "coco":
-        name = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
-    try:
-        published = torchvision.models.get_weight(name)
-        return dict(published.get_state_dict(progress=False, check_hash=True))
-    except ValueError:
-        fail(2, f"--weights {kind}: torchvision has no {name}; use --arch resnet50")
-    except (OSError, RuntimeError) as error:
-        fail(1, f"--weights {kind}: {published.url} did not arrive ({error}); fetch it elsewhere "
-                f"and give {kind.removesuffix('-v2')}:FILE")  # fmt: skip
-
-
-def encoder_tensors(weights: Weights, arch: str) -> dict[str, Any]:
-    """The encoder's tensors by torchvision's names, out of any layout that --weights knows."""
-    found = read_tensors(weights.file) if weights.file else download_tensors(weights.kind, arch)
-    if weights.kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
-        stages = ("conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4")
-        prefixes = {f"encoder_q.{i}.": f"{name}." for i, name in enumerate(stages) if name}
-    elif weights.kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
-        values = list(found.get("online_backbone", {}).values())
-        names = list(build_encoder("resnet50", 3).state_dict())
-        return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
-    else:
-        prefixes = {"backbone." if weights.kind == "coco" else "": ""}
-    return {
-        new + key.removeprefix(old): value
-        for key, value in found.get("state_dict", found).items()
-        for old, new in prefixes.items()
-        if key.startswith(old) and not key.startswith("fc.")
-    }
-
-
-def load_encoder(weights: Weights, arch: str, bands: int, seed: int = 0) -> tuple[nn.Module, str]:
-    """The encoder in eval mode, frozen unless it is `scratch`, and its architecture."""
-    if weights.kind in ("random", "scratch"):
-        torch.manual_seed(seed)
-        return build_encoder(arch, bands).requires_grad_(weights.kind == "scratch"), arch
-    tensors = encoder_tensors(weights, arch)
-    # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
-    count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
-    arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
-    try:
-        if not arch:
-            raise RuntimeError(f"{count} tensors fit it; a ResNet has 100, 180 or 265")
-        encoder = build_encoder(arch, tensors["conv1.weight"].shape[1])
+        encoder = build_encoder(weights.metadata["arch"], tensors["conv1.weight"].shape[1])
         encoder.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
-        held = list(read_tensors(weights.file) if weights.file else tensors)
-        fail(1, f"{weights.file or weights.kind}: not the layout of {weights.kind!r}: {told}; it "
-                f"holds {len(held)} entries: {', '.join(held[:3])} ...")  # fmt: skip
-    for key, value in tensors.items():
-        if not value.isfinite().all():
-            fail(1, f"{weights.file or weights.kind}: {key} holds NaN or infinity: it was saved "
-                    "from a run that diverged; use an earlier one")  # fmt: skip
-    if encoder.conv1.in_channels < bands:
-        fail(2, f"{weights.file}: a one-channel encoder cannot take {bands} bands: give one")
-    return encoder.requires_grad_(False), arch
+        fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
+    return encoder.requires_grad_(False)
 
 
 def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -709,9 +776,9 @@ def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return batch.expand(-1, encoder.conv1.in_channels, -1, -1)
 
 
-def autocast() -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
     """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
+    return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
 
 
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
@@ -721,9 +788,10 @@ def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) ->
             module.reset_running_stats()
             module.momentum = None  # cumulative mean
             module.train()
-    with torch.no_grad(), autocast():
+    with torch.no_grad():
         for batch in batches:
-            encoder(for_encoder(encoder, batch))
+            with autocast(batch.device):
+                encoder(for_encoder(encoder, batch))
     encoder.eval()
 
 
