@@ -1,14 +1,19 @@
-"""Probe a frozen encoder: features once for each image, a small head on them, F1 for each band.
+"""Probe an encoder: features once for each image, a small head on them, F1 for each band.
 
-    python probe.py --dataset eurosat --band RE5                             # random weights
+    python probe.py --dataset eurosat --band RE5                 # the encoder of pretrain.py
+    python probe.py --dataset eurosat --band RE5 --weights random       # without training
+    python probe.py --dataset eurosat --band RE5 --weights stats        # without a network
     python probe.py --dataset eurosat --band all --seeds 5 --weights runs/x/encoder.safetensors
-    python probe.py --dataset eurosat-rgb --bands RGB --weights imagenet --subset 7000
+    python probe.py --dataset eurosat-rgb --bands RGB --weights imagenet --finetune
     python probe.py --dataset csv --root tiles.csv --bands-in-file B02,B03,B04,B08 --band NIR
+    python probe.py --dataset csv --root tiles.csv --band Red --embed features.npz
+    python probe.py --weights seco:seco_resnet50_1m.ckpt --export seco.safetensors
 
-One JSON in results/ for each band and seed; a rerun skips those that are there. After training, the
-encoder is proved unchanged, BatchNorm statistics included. Head as in the paper: Linear-128,
-BatchNorm, ReLU, Linear; cross-entropy, 100 epochs. The paper names no optimiser: SGD or Adam, and
-its learning rate, are chosen by F1 on a validation part of the training split, never on test.
+One JSON in results/ for each band and seed; a rerun skips a result only when all that determines
+it is the same. After training, the encoder is proved unchanged, BatchNorm statistics included. Head
+as in the paper: Linear-128, BatchNorm, ReLU, Linear; cross-entropy, 100 epochs. The paper names no
+optimiser: SGD or Adam, and its learning rate, are chosen by F1 on a validation part of the training
+split, never on test. Exit status: 0 done, 1 bad data, 2 wrong use, 130 interrupted.
 """
 
 import argparse
@@ -49,26 +54,33 @@ eurosat*      eurosat      eurosat-spatial-train.txt  7be3254be39f23ce4d4d144290
 eurosat*      eurosat      eurosat-spatial-val.txt    acf392290050bb3df790dc8fc0ebf193
 eurosat*      eurosat      eurosat-spatial-test.txt   5ec1733f9c16116bf0aa2d921fc613ef
 """  # data set, revision, file, MD5
-FOLDERS = {  # where the class folders lie below the root, by who unpacked them
-    "eurosat": ("", "ds/images/remote_sensing/otherDatasets/sentinel_2/tif"),
-    "eurosat-rgb": ("", "2750"),
-    "resisc45": ("", "NWPU-RESISC45"),
-}
+TIFFS, PHOTOS = (".tif", ".tiff"), (".jpg", ".jpeg", ".png")
+SUFFIXES = {"eurosat": TIFFS, "eurosat-rgb": PHOTOS, "resisc45": PHOTOS}  # in folders by class
 EUROSAT_BANDS = "B01 B02 B03 B04 B05 B06 B07 B08 B09 B10 B11 B12 B8A".split()  # B8A is LAST
 SIMPLE_IGBP = [0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6, 8, 9, 10]  # by IGBP id 0..17
 LAND_COVER = (  # the simplified classes 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
 SIZES = {"eurosat": 64, "eurosat-rgb": 64}  # the images' own; 128 else
+OTHERS = {  # weights that are not ours: the name in the paper's tables
+    "imagenet": "ImageNet supervised",
+    "imagenet-v2": "ImageNet supervised V2",
+    "byol-imagenet": "BYOL ImageNet",
+    "seco": "SeCo",
+    "coco": "MS-COCO DeepLabV3",
+}
 HIDDEN = 128  # paper
 HEAD_BATCH = 256
 ENCODE_BATCH = 64
-CHOICES = {  # settings tried on the validation part
+CHOICES: dict[str, list[tuple[str, float]]] = {  # settings tried on the validation part
     "mlp": [("sgd", 0.1), ("sgd", 0.01), ("adam", 0.0003)],  # learning rates
     "linear": [("lbfgs", 1e-4), ("lbfgs", 1e-3), ("lbfgs", 1e-2), ("lbfgs", 1e-1)],  # L2 penalties
     "knn": [("cosine", 1), ("cosine", 5), ("cosine", 20)],  # neighbours
+    "finetune": [("adamw", 1e-3), ("adamw", 1e-4)],  # learning rates
 }
-CHOSEN = {"mlp": "learning_rate", "linear": "l2_penalty", "knn": "neighbours"}  # as results say it
+CHOSEN = {"linear": "l2_penalty", "knn": "neighbours"}  # as results say it; learning_rate else
+NO_BANDCROP = "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first"
+FINETUNE_STEPS = 600  # at least, however few the images
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,19 +88,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(2, f"{message} (see --help)")  # type: ignore
     add = parser.add_argument
-    add("--dataset", required=True, choices=[*FOLDERS, "sen12ms", "csv"])
+    add("--dataset", choices=[*SUFFIXES, "sen12ms", "csv"])
     add("--root", type=Path, help="its folder, or FILE.csv: image,label[,split] (data/<dataset>)")
     add("--download", action="store_true", help="fetch eurosat, eurosat-rgb, resisc45 into --root")
     add("--band", "--bands", dest="bands", help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
-    add("--bands-in-file", help="csv: the files' bands in order (photos: Red,Green,Blue)")
-    add("--weights", default="random", help="encoder.safetensors of pretrain.py; random; scratch "
-        "(encoder trained too); imagenet, imagenet-v2; imagenet:, byol-imagenet:, seco:FILE")
+    add("--bands-in-file", help="csv: the files' bands in order (photos: Red,Green,Blue, or one)")
+    add("--weights", help="encoder.safetensors of pretrain.py (runs/rs-byol-1's where it is, else "
+        "random); random; scratch: random and --finetune; stats: no network, twelve statistics of "
+        "each band, the floor; imagenet, imagenet-v2, coco; imagenet:, byol-imagenet:, seco:, "
+        "coco:FILE")
+    add("--export", type=Path, metavar="FILE", help="write these weights in our format, which "
+        "segment.py takes, and end")
+    add("--finetune", action="store_true", help="train the encoder too: AdamW, one cycle, flips "
+        "and turns; learning rate chosen on the validation part")
     add("--arch", choices=ARCHS, default="resnet50", help="of random, scratch and imagenet")
     add("--split", choices=["random", "official", "spatial"], help="random: 80/20, stratified, by "
         "seed (default); official, spatial: the published lists, or the csv's own column")
     add("--subset", type=int, metavar="N", help="N images, stratified, drawn anew for each seed: "
         "7000 is the paper's EuroSAT 7K, 5000 its Sen12MS 5K")
+    add("--train-images", type=int, metavar="N", help="learn from N labels, stratified, drawn anew "
+        "for each seed; the test set stays as it is")
     add("--size", type=int, metavar="PX", help="side of the encoder's input: 64 for EuroSAT, else "
         "128 (F1 of a random ResNet-18 at 64, 128, 224: EuroSAT 0.48, 0.45, 0.49, RESISC45 0.10, "
         "0.16, 0.15; 224 takes twelve times as long as 64)")
@@ -96,41 +117,52 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "bands: of the training images (default) or as the encoder was pre-trained with")
     add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
         "as pre-trained (default), or of the unlabelled training images; frozen after that")
-    add("--head", choices=list(CHOICES), default="mlp", help="mlp (paper), linear: logistic "
-        "regression, knn: nearest neighbours; both on standardised features")
-    add("--epochs", type=int, default=100, help="of the head, or of scratch's all (100, paper)")
+    add("--head", choices=["mlp", "linear", "knn"], default="mlp", help="mlp (paper), linear: "
+        "logistic regression, knn: nearest neighbours; both on standardised features")
+    add("--epochs", type=int, default=100, help="of the head mlp, or of --finetune (100, paper; "
+        f"--finetune takes at least {FINETUNE_STEPS} steps)")
     add("--seeds", type=int, default=1, metavar="K", help="seeds 0..K-1 of head, split, subset, "
         "random weights (1)")
-    add("--embeddings", action="store_true", help="write the test images' features (NPZ)")
+    add("--embed", type=Path, metavar="FILE.npz", help="write the features of every image, "
+        "labelled or not, and end; bands standardised over all of them")
+    add("--embeddings", action="store_true", help="write the test images' features beside each "
+        "result, for analyze.py")
     add("--cam", type=int, default=0, metavar="K", help="FullGrad maps of K test images (PNG)")
-    add("--cache", type=Path, metavar="DIR", help="keep features on disk for reruns")
+    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
     # fmt: on
-    args.root = args.root or Path("data") / args.dataset
-    args.size = SIZES.get(args.dataset, 128) if args.size is None else args.size
-    for name, least in (("size", 32), ("epochs", 1), ("seeds", 1), ("cam", 0)):
-        if getattr(args, name) < least:
-            fail(2, f"--{name} {getattr(args, name)}: must be at least {least}")
-    if args.cam and args.head == "knn":
-        fail(2, "--cam explains a logit and --head knn has none: use mlp or linear")
-    if args.weights == "scratch" and (args.head, args.bn, args.stats) != (
-        "mlp",
-        "encoder",
-        "train",
-    ):
-        fail(2, "--weights scratch trains encoder and head: --head, --bn, --stats do not apply")
+    if not args.dataset and not args.export:
+        fail(2, f"--dataset is missing: one of {', '.join([*SUFFIXES, 'sen12ms', 'csv'])}")
+    for name, least in (("size", 32), ("epochs", 1), ("seeds", 1), ("cam", 0),
+                        ("subset", 1), ("train_images", 1)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < least:
+            fail(2, f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.download:
-        download(args.dataset, args.root)
+        download(args.dataset, args.root or Path("data") / args.dataset)
         if not args.bands:
             raise SystemExit(0)
+    args.weights = find_any_weights(args.weights)
+    if args.export:
+        return args
+    args.root = args.root or Path("data") / args.dataset
+    args.size = args.size or SIZES.get(args.dataset, 128)
+    args.finetune |= args.weights.source == "scratch"
+    if args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"):
+        fail(2, "training the encoder too: --head, --bn and --stats do not apply")
+    if args.weights.source == "stats" and (args.finetune or args.cam or args.bn != "encoder"):
+        fail(2, "--weights stats has no network: --finetune, --cam and --bn do not apply")
+    if args.cam and args.head != "mlp":
+        fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
     if not args.bands:
         fail(2, "--band is missing: RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; or all")
-    args.weights = find_weights(args.weights)
+    if args.finetune and args.embed:
+        fail(2, "--embed trains nothing: not with --finetune or scratch")
     if not args.root.exists():
         fail(2, missing_data(args.dataset, args.root))
-    for folder in filter(None, (args.out, args.cache)):
-        open_folder(folder)
+    args.root = args.root.resolve()  # one of the things that a result is known by
+    open_folder(args.embed.parent if args.embed else args.out)
     return args
 
 
@@ -233,7 +265,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
     if not path.is_file():
-        fail(2, f"{path}: no such file; it is a CSV file with the columns {','.join(columns)}")
+        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -479,6 +511,21 @@ def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
 # <<< shared: weights
 
 
+def find_any_weights(text: str | None) -> Weights:
+    """What --weights names, our own or others'; of others' the tensors are not loaded yet."""
+    kind, _, name = (text or "").partition(":")
+    if text == "stats":
+        return Weights("stats", "stats", None, {}, {})
+    if kind not in OTHERS:
+        return find_weights(text)
+    if not name and kind in ("byol-imagenet", "seco"):
+        fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
+    if not name:
+        return Weights(OTHERS[kind], kind, None, {}, {})
+    digest = hashlib.sha256(weights_file(Path(name), f"--weights {text}")).hexdigest()
+    return Weights(OTHERS[kind], f"{kind}:{name}", digest, {}, {})
+
+
 if __name__ == "__main__":
     ARGS = arguments()  # wrong use ends here, before the seconds that importing torch takes
 
@@ -490,22 +537,22 @@ try:
     import bandcrop
 except ImportError:  # photos do without
     bandcrop = None
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ----------------------------------------------------------------------------------------- data
 class Images(NamedTuple):
-    names: list[str]  # unique
+    names: list[str]
     files: list[tuple[str, ...]]  # of each image: one file, or S2 and S1
     bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
-    labels: np.ndarray  # int64 [N]
+    counts: tuple[int, ...]  # how many bands each of `files` must have
+    labels: np.ndarray | None  # int64 [N]
     classes: list[str]
     part: list[str] | None  # the csv's split column
     synthetic: bool
 
     @property
     def geotiff(self) -> bool:
-        return self.files[0][0].lower().endswith((".tif", ".tiff"))
+        return self.files[0][0].lower().endswith(TIFFS)
 
 
 class Setup(NamedTuple):
@@ -518,42 +565,53 @@ class Setup(NamedTuple):
 
 
 def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
-    """Every labelled image below `root`, in an order that does not depend on the disk."""
+    """Every image below `root`, in an order that does not depend on the disk."""
     synthetic = (root if root.is_dir() else root.parent).joinpath("SYNTHETIC.txt").exists()
     if dataset == "sen12ms":
         return list_sen12ms(root, synthetic)
     if dataset == "csv":
         return list_csv(root, bands_in_file, synthetic)
-    suffix = ".tif" if dataset == "eurosat" else ".jpg"
     found: list[Path] = []
-    for inner in FOLDERS[dataset]:
-        found = found or sorted((root / inner).glob(f"*/*{suffix}"))
+    for depth in range(7):  # class folders lie at the root, or below, by who unpacked them
+        inside = root.glob("*/" * depth + "*/*")
+        found = found or sorted(
+            p for p in inside if p.suffix.lower() in SUFFIXES[dataset] and p.name[0] != "."
+        )
     if not found:
         fail(2, missing_data(dataset, root))
+    above = sorted({str(path.parents[1]) for path in found})
+    if len(above) > 1:
+        fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
     files = [(str(path),) for path in found]
-    bands = band_places(EUROSAT_BANDS if suffix == ".tif" else ["Red", "Green", "Blue"])
+    order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
+    bands, counts = band_places(order), (len(order),)
     if dataset == "eurosat":  # its SAR twin: the same file names in a folder beside
         twin = {path.name: str(path) for path in root.parent.glob("eurosat_s1/**/*.tif")}
         if twin and all(path.name in twin for path in found):
             files = [(str(path), twin[path.name]) for path in found]
-            bands |= band_places(SEN12MS_S1, file=1)
+            bands, counts = bands | band_places(SEN12MS_S1, file=1), (len(order), 2)
     classes = sorted({path.parent.name for path in found})
     labels = np.array([classes.index(path.parent.name) for path in found])
-    return Images([path.stem for path in found], files, bands, labels, classes, None, synthetic)
+    names = [path.stem for path in found]
+    return Images(names, files, bands, counts, labels, classes, None, synthetic)
 
 
 def list_sen12ms(root: Path, synthetic: bool) -> Images:
     """A scene's label is the simplified class that covers most of the lc tile's IGBP layer."""
     names, files, labels = [], [], []
-    for lc in sorted(root.glob("ROIs*/lc_*/*_lc_*.tif")):
-        folder, tile = lc.parent.name.replace("lc_", "{}_"), lc.name.replace("_lc_", "_{}_")
-        pair = [lc.parents[1] / folder.format(s) / tile.format(s) for s in ("s2", "s1")]
+    for lc in sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS):
+        season, folder, tile = lc.relative_to(root).parts  # the season may end with _lc too
+        pair = [
+            root / re.sub("_lc$", f"_{kind}", season) / folder.replace("lc_", f"{kind}_")
+            / tile.replace("_lc_", f"_{kind}_")
+            for kind in ("s2", "s1")
+        ]  # fmt: skip
         for path in pair:
             if not path.is_file():
                 fail(1, f"{lc}: no tile {path} beside it; complete the archive or remove the lc")
         igbp = bandcrop.read(str(lc), bands=[0])
-        if igbp.min() < 0 or igbp.max() > 17:
-            fail(1, f"{lc}: IGBP class {igbp.max()} is outside 0..17; is this an lc tile?")
+        if not 0 <= igbp.min() <= igbp.max() <= 17:
+            fail(1, f"{lc}: IGBP classes {igbp.min()} to {igbp.max()}, not 0 to 17: no lc tile?")
         most = np.bincount(np.array(SIMPLE_IGBP)[igbp.astype(np.int64).ravel()]).argmax()
         if most > 0:  # 0: unclassified
             names.append(pair[0].stem)  # the official lists name the S2 tile
@@ -562,33 +620,48 @@ def list_sen12ms(root: Path, synthetic: bool) -> Images:
     if not names:
         fail(2, missing_data("sen12ms", root))
     bands = band_places(SEN12MS_S2) | band_places(SEN12MS_S1, file=1)
-    return Images(names, files, bands, np.array(labels), LAND_COVER, None, synthetic)
+    return Images(names, files, bands, (13, 2), np.array(labels), LAND_COVER, None, synthetic)
 
 
 def list_csv(path: Path, bands_in_file: str | None, synthetic: bool) -> Images:
-    """Images of a file with the columns image,label and, if it likes, split (train, val, test)."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(2, f"--root {path}: not a readable CSV file: {error}")
-    for column in ("image", "label"):
-        if not rows or rows[0].get(column) is None:
-            fail(1, f"{path}: no column {column!r} with rows; it needs image,label[,split]")
-    files = [(str(path.parent / row["image"]),) for row in rows]
-    for line, (file,) in enumerate(files, start=2):
-        if not Path(file).is_file():
-            fail(1, f"{path} line {line}: no file {file}")
-    if not bands_in_file and files[0][0].lower().endswith((".tif", ".tiff")):
+    """Images of a table: image, label (needless for --embed) and, if it likes, split."""
+    rows = read_table(path, ["image"])
+    files, seen, spelt = [], {}, {}
+    for row in rows:
+        here, file = f"{path} line {row['line']}", path.parent / row["image"]
+        if not file.is_file():
+            fail(1, f"{here}: no file {file}")
+        first = seen.setdefault(os.path.realpath(file), row)
+        if first is not row:
+            differ = [k for k in ("label", "split") if row.get(k) != first.get(k)]
+            fail(1, f"{here}: {row['image']} stands in line {first['line']} already"
+                    + "".join(f", with another {k}" for k in differ))  # fmt: skip
+        if row.get("split", "train") not in ("train", "val", "test"):
+            fail(1, f"{here}: split {row['split']!r} is not train, val or test")
+        label = row.get("label", "-")
+        if not label.strip():
+            fail(1, f"{here}: the label is empty")
+        first = spelt.setdefault("".join(label.split()).lower(), row)
+        if label != first.get("label", "-"):
+            fail(1, f"{here}: label {label!r} differs from line {first['line']}'s "
+                    f"{first['label']!r} in blanks or case only; spell them alike")  # fmt: skip
+        files.append((str(file),))
+    tiffs = [file.lower().endswith(TIFFS) for (file,) in files]
+    if any(tiffs) != all(tiffs):
+        other = rows[tiffs.index(not tiffs[0])]["line"]
+        fail(1, f"{path} line {other}: GeoTIFFs and photos in one table: make it two")
+    if tiffs[0] and not bands_in_file:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
+    order = (bands_in_file or "Red,Green,Blue").split(",")
+    if not tiffs[0] and len(order) not in (1, 3):
+        fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
+    classes, labels = [], None
+    if "label" in rows[0]:
+        classes = sorted({row["label"] for row in rows})
+        labels = np.array([classes.index(row["label"]) for row in rows])
     part = [row["split"] for row in rows] if "split" in rows[0] else None
-    for line, name in enumerate(part or [], start=2):
-        if name not in ("train", "val", "test"):
-            fail(1, f"{path} line {line}: split {name!r} is not train, val or test")
-    classes = sorted({row["label"] for row in rows})
-    labels = np.array([classes.index(row["label"]) for row in rows])
-    bands = band_places((bands_in_file or "Red,Green,Blue").split(","))
-    return Images([r["image"] for r in rows], files, bands, labels, classes, part, synthetic)
+    names = [row["image"] for row in rows]
+    return Images(names, files, band_places(order), (len(order),), labels, classes, part, synthetic)
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -602,37 +675,46 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 
 def split_images(
-    images: Images, args: argparse.Namespace, seed: int
+    labels: np.ndarray, parts: list[str] | None, args: argparse.Namespace, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Places of the fit, validation and test images; and whether a list names the validation part.
 
-    Without such a list it is a fifth of the training split, and the head is trained once more, on
-    the whole training split, when its settings are chosen.
+    parts: train, val, test or "" for each image, by --split's list. Without such a list the
+    validation part is a fifth of the training split, and the head is trained once more, on the
+    whole training split, when its settings are chosen.
     """
     rng = np.random.default_rng(seed)
-    labels, rows = images.labels, np.arange(len(images.labels))
+    rows = np.arange(len(labels))
     if args.subset is not None:
-        if not 0 < args.subset <= len(rows):
+        if args.subset > len(rows):
             fail(2, f"--subset {args.subset}: {args.root} has {len(rows)} images")
         rows = stratified(labels, args.subset, rng)
-    if args.split == "random":
+    if parts is None:
         test = rows[stratified(labels[rows], round(0.2 * len(rows)), rng)]
         fit, val = np.setdiff1d(rows, test), np.array([], int)
     else:
-        part = np.array(images.part or listed_parts(images.names, args))
-        fit, val, test = (rows[part[rows] == name] for name in ("train", "val", "test"))
+        fit, val, test = (rows[np.array(parts)[rows] == name] for name in ("train", "val", "test"))
+    if args.train_images is not None:
+        fit, val = np.sort(np.concatenate([fit, val])), np.array([], int)
+        if args.train_images > len(fit):
+            fail(2, f"--train-images {args.train_images}: {len(fit)} are there to learn from")
+        fit = fit[stratified(labels[fit], args.train_images, rng)]
     listed = len(val) > 0
     if not listed and len(fit):
         val = fit[stratified(labels[fit], round(0.2 * len(fit)), rng)]
         fit = np.setdiff1d(fit, val)
-    if min(len(fit), len(val), len(test)) < 2:
-        counts = f"{len(fit)} to fit, {len(val)} to validate, {len(test)} to test"
-        fail(1, f"{args.root}, --split {args.split}: too few images: {counts}")
+    if min(len(fit), len(val), len(test)) < 2 or len(np.unique(labels[fit])) < 2:
+        counts = f"{len(fit)} to fit, of {len(np.unique(labels[fit]))} classes; {len(val)} to "
+        counts += f"validate, {len(test)} to test"
+        fail(1, f"{args.root}, --split {args.split}: too few images or classes: {counts}")
     return fit, val, test, listed
 
 
-def listed_parts(names: list[str], args: argparse.Namespace) -> list[str]:
-    """train, val, test or "" for each image, from the lists published with the data set."""
+def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
+    """train, val, test or "" for each image: the csv's column, or the lists published with the data
+    set; None where --split is random."""
+    if args.split == "random" or images.part:
+        return images.part if args.split != "random" else None
     if args.dataset == "sen12ms" and args.split == "official":
         lists = {"train": "train_list.txt", "test": "test_list.txt"}
     else:
@@ -643,62 +725,64 @@ def listed_parts(names: list[str], args: argparse.Namespace) -> list[str]:
         path = next((p for p in (args.root / name, args.root.parent / name) if p.is_file()), None)
         if path is None:
             fail(2, f"--split {args.split}: no list {args.root / name}; use --split random")
-        parts |= {Path(line).stem: part for line in path.read_text().split()}
-    return [parts.get(name, "") for name in names]
+        try:
+            stems = [Path(line).stem for line in path.read_text("utf-8").split()]
+        except UnicodeDecodeError:
+            fail(1, f"{path}: no list of file names but a binary file")
+        for stem in stems:
+            if parts.setdefault(stem, part) != part:
+                fail(1, f"{path}: {stem} stands in {lists[parts[stem]]} too")
+    return [parts.get(name, "") for name in images.names]
 
 
-def open_photo(path: str, size: int | None = None) -> np.ndarray:
-    """A JPEG or PNG as uint8 [3, H, W], to `size` by Pillow's bicubic where it differs."""
+def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray:
+    """A JPEG or PNG as uint8 [bands, H, W], to `size` by Pillow's bicubic where it differs."""
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            photo = opened.convert("RGB")
-    except OSError as error:
-        fail(1, f"{path}: {error}")
+            if opened.mode[0] in "IF":
+                fail(1, f"{path}: a photo of 16 bits or more: give a GeoTIFF")
+            if bands == 1 and opened.mode not in ("1", "L"):
+                fail(1, f"{path}: has {len(opened.getbands())} bands, --bands-in-file names 1")
+            photo = opened.convert("RGB" if bands == 3 else "L")
+    except Exception as error:  # whatever a broken or a huge photo raises
+        fail(1, f"{path}: {str(error).splitlines()[0]}")
     if size and photo.size != (size, size):
         photo = photo.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(photo).transpose(2, 0, 1)
+    return np.atleast_3d(np.asarray(photo)).transpose(2, 0, 1)
 
 
-def read_images(
-    images: Images, rows: np.ndarray, setup: Setup, reader: Any
-) -> tuple[np.ndarray, int]:
-    """Standardised whole images float32 [N, C, size, size], and how many samples were no number."""
-    where = [images.bands[band] for band in setup.bands]
-    mean, std = (np.array(v, np.float32) for v in (setup.mean, setup.std))  # [C]
-    out = np.empty((len(rows), len(where), setup.size, setup.size), np.float32)
-    if not images.geotiff:
-        for n, row in enumerate(rows):
-            out[n] = open_photo(images.files[row][0], setup.size)[[band for _, band in where]]
-        return (out - mean[:, None, None]) / std[:, None, None], 0
-    paths: Any = [[images.files[row][file] for file, _ in where] for row in rows]
-    if len({file for file, _ in where}) == 1:  # one read serves all bands
-        paths = [each[0] for each in paths]
-    index, mean, std = (np.tile(v, (len(rows), 1)) for v in ([b for _, b in where], mean, std))
-    return out, int(reader.fill(out, paths, index, mean=mean, std=std).replaced.sum())
+def read_photos(images: Images, rows: np.ndarray, setup: Setup) -> torch.Tensor:
+    """Standardised whole photos float32 [n, C, size, size]."""
+    where = [images.bands[band][1] for band in setup.bands]
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (setup.mean, setup.std))
+    photos = [open_photo(images.files[row][0], setup.size, *images.counts) for row in rows]
+    return torch.from_numpy((np.stack(photos)[:, where] - mean) / std)
+
+
+def which_bands(images: Images, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
+    """paths [n][C], bands [n, C] and bands_in_file [n, C] for bandcrop."""
+    where = [images.bands[band] for band in bands]
+    return {
+        "paths": [[images.files[row][file] for file, _ in where] for row in rows],
+        "bands": np.tile([place for _, place in where], (len(rows), 1)),
+        "bands_in_file": np.tile([images.counts[file] for file, _ in where], (len(rows), 1)),
+    }
 
 
 def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
     """Mean and standard deviation of each band over every valid sample of the images, [C] each."""
-    where = [images.bands[band] for band in bands]
-    count, total, squares = np.zeros((3, len(bands)))
-    nodata: list[float | None] = [None] * len(bands)
     if images.geotiff:
-        nodata = [bandcrop.info(images.files[rows[0]][file]).nodata for file, _ in where]
-    for row in rows:
-        files = images.files[row]
-        if images.geotiff:
-            pixels = [bandcrop.read(files[file], bands=[band]) for file, band in where]
-        else:
-            pixels = list(open_photo(files[0])[[band for _, band in where]])
-        for c, band in enumerate(pixels):
-            good = band[np.isfinite(band) & (band != nodata[c])].astype(np.float64)
-            count[c] += good.size
-            total[c] += good.sum()
-            squares[c] += np.square(good).sum()
-    mean = total / np.maximum(count, 1)
-    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+        mean, std = bandcrop.statistics(**which_bands(images, rows, bands))
+    else:
+        sums, where = np.zeros((3, len(bands))), [images.bands[band][1] for band in bands]
+        for row in rows:
+            photo = open_photo(images.files[row][0], None, *images.counts)[where].astype(float)
+            sums += [photo[0].size * np.ones(len(bands)), photo.sum((1, 2)),
+                     np.square(photo).sum((1, 2))]  # fmt: skip
+        mean = sums[1] / sums[0]
+        std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 0))
     if (std == 0).any():
         band = bands[int(np.argmin(std))]
         fail(1, f"band {band} is constant over the {len(rows)} training images: nothing to learn")
@@ -706,32 +790,41 @@ def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
 
 
 def read_ahead(
-    images: Images, rows: np.ndarray, setup: Setup, spent: dict[str, Any]
+    images: Images, rows: np.ndarray, setup: Setup, device: torch.device, spent: dict[str, Any]
 ) -> Iterator[torch.Tensor]:
-    """Batches float32 [n, C, S, S] of `rows` in order; the next is read while one is worked on."""
-    reader = bandcrop.Reader() if images.geotiff else None
+    """Batches float32 [n, C, S, S] of `rows` in order; the next is read while one is worked on.
 
-    def read(part: np.ndarray) -> tuple[np.ndarray, int]:
-        start = time.perf_counter()
-        out = read_images(images, part, setup, reader)
-        spent["read"] += time.perf_counter() - start
-        return out
-
+    On the CPU a batch is valid until the next one.
+    """
     parts = np.array_split(rows, -(-len(rows) // ENCODE_BATCH))  # never leaves a batch of one
+    if images.geotiff:
+        norm = [np.array(value, np.float32) for value in (setup.mean, setup.std)]
+        requests = (
+            which_bands(images, part, setup.bands)
+            | {
+                key: np.tile(v, (len(part), 1))
+                for key, v in zip(("mean", "std"), norm, strict=True)
+            }
+            for part in parts
+        )
+        shape = (len(parts[0]), len(setup.bands), setup.size, setup.size)
+        for batch in bandcrop.stream(requests, shape, device):
+            spent["read"] += batch.waited
+            spent["replaced"] += int(batch.report.replaced.sum())
+            yield batch.x.contiguous(memory_format=torch.channels_last)
+        return
     with ThreadPoolExecutor(1) as ahead:
-        pending = ahead.submit(read, parts[0])
-        for done, following in enumerate([*parts[1:], None], start=1):
-            pixels, replaced = pending.result()
+        pending = ahead.submit(read_photos, images, parts[0], setup)
+        for following in [*parts[1:], None]:
+            began = time.perf_counter()
+            x = pending.result()
+            spent["read"] += time.perf_counter() - began
             if following is not None:
-                pending = ahead.submit(read, following)
-            spent["replaced"] += replaced
-            if sys.stderr.isatty():
-                end = "\r" if following is not None else "\r\033[K"
-                print(f"  {done} of {len(parts)} batches", end=end, file=sys.stderr, flush=True)
-            yield torch.from_numpy(pixels).to(DEVICE).contiguous(memory_format=torch.channels_last)
+                pending = ahead.submit(read_photos, images, following, setup)
+            yield x.to(device).contiguous(memory_format=torch.channels_last)
 
 
-# -------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------- encoder
 # >>> shared: encoder
 def find_device(text: str) -> torch.device:
     """What --device names; auto: cuda where there is one, else cpu."""
@@ -816,18 +909,126 @@ def native_bf16(device: torch.device) -> bool:
 # <<< shared: precision
 
 
-def encode(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Features float32 [N, D] on the CPU, by the encoder in eval mode.
+# ------------------------------------------------------------------------------- others' weights
+def others_tensors(weights: Weights, arch: str) -> Weights:
+    """The weights with the encoder's tensors by torchvision's names, from a layout of OTHERS."""
+    kind, _, name = weights.source.partition(":")
+    found = read_tensors(Path(name)) if name else download_tensors(kind, arch)
+    if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
+        values = list(found.get("online_backbone", {}).values())
+        names = list(build_encoder("resnet50", 3).state_dict())
+        tensors = dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+    else:
+        held = found.get("state_dict", found)
+        if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
+            stages = ("conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4")
+            starts = {f"encoder_q.{i}.": f"{stage}." for i, stage in enumerate(stages) if stage}
+        else:  # "", "module.", "backbone.": whatever precedes the first convolution's name
+            firsts = [key for key in held if key.endswith("conv1.weight")]
+            starts = {min(firsts, key=len, default="").removesuffix("conv1.weight"): ""}
+        tensors = {
+            new + key.removeprefix(old): value
+            for key, value in held.items()
+            for old, new in starts.items()
+            if key.startswith(old) and not key.startswith(old + "fc.")
+        }
+    # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
+    count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
+    arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
+    if not arch or "conv1.weight" not in tensors:
+        fail(1, f"{weights.source}: not the layout of {kind!r}: {count} tensors fit it, a ResNet "
+                f"has 100, 180 or 265; it holds {len(found)} entries: {', '.join(list(found)[:3])}"
+                " ...")  # fmt: skip
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            fail(1, f"{weights.source}: {key} holds NaN or infinity: its run diverged")
+    return weights._replace(tensors=tensors, metadata={"arch": arch})
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
+    try:
+        if file.suffix == ".safetensors":
+            import safetensors.torch
+
+            return safetensors.torch.load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        return found if isinstance(found, dict) else {}
+    except Exception as error:  # whatever a broken file raises
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if not named:
+            fail(1, f"{file}: is no whole weights file: {str(error).splitlines()[0][:80]}")
+        fail(1, f"{file}: holds {named[1]} beside its tensors; nothing was executed. If you trust "
+                "it, keep the tensors only: torch.save(torch.load(FILE, weights_only=False)"
+                "['state_dict'], NEWFILE)")  # fmt: skip
+
+
+def download_tensors(kind: str, arch: str) -> dict[str, torch.Tensor]:
+    """torchvision's published weights, from torch hub's cache or the network, hash checked."""
+    name = f"{arch.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V{2 if kind[-1] == '2' else 1}"
+    if kind == "coco":
+        name = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
+    try:
+        published = torchvision.models.get_weight(name)
+        return dict(published.get_state_dict(progress=False, check_hash=True))
+    except ValueError:
+        fail(2, f"--weights {kind}: torchvision has no {name}; use --arch resnet50")
+    except (OSError, RuntimeError) as error:
+        fail(1, f"--weights {kind}: {published.url} did not arrive ({error}); fetch it elsewhere "
+                f"and give {kind.removesuffix('-v2')}:FILE")  # fmt: skip
+
+
+def export(weights: Weights, path: Path) -> None:
+    """Others' weights in our own format."""
+    import safetensors.torch
+
+    encoder = load_encoder(weights, "", 3, 0)
+    about = {"name": weights.name, "arch": weights.metadata["arch"], "source": weights.source}
+    tensors = {key: value.contiguous() for key, value in encoder.state_dict().items()}
+    data = safetensors.torch.save(tensors, about | {"source_sha256": weights.sha256 or ""})
+    write_atomic(path, lambda beside: beside.write_bytes(data) and None)
+    print(f"wrote {path}: {weights.name}, {weights.metadata['arch']}", flush=True)
+
+
+# ------------------------------------------------------------------------------------- features
+def encode(
+    encoder: Callable, batches: Iterator[torch.Tensor], device: torch.device, said: str, count: int
+) -> torch.Tensor:
+    """Features float32 [count, D] on the device, by a frozen encoder or `image_statistics`.
 
     In bf16 instead of fp32, on 3,000 EuroSAT photos, single seeds' F1 moved by up to 0.02 either
     way, means of five by -0.005, -0.004 and 0.000.
     """
-    encoder.eval()  # else BatchNorm would use, and change with, the batch
-    with torch.no_grad(), autocast():
-        features = torch.cat([encoder(for_encoder(encoder, x)).float().cpu() for x in batches])
-    if not features.isfinite().all():
+    if isinstance(encoder, nn.Module):
+        encoder.eval()  # else BatchNorm would use, and change with, the batch
+    features, done, progress = [], 0, Progress(said)
+    with torch.no_grad(), autocast(device):
+        for x in batches:
+            x = for_encoder(encoder, x) if isinstance(encoder, nn.Module) else x
+            features.append(encoder(x).float())
+            done += len(x)
+            progress(done, count)
+    whole = torch.cat(features)
+    if not whole.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
-    return features
+    return whole
+
+
+def image_statistics(x: torch.Tensor) -> torch.Tensor:
+    """The floor that a network must clear: [N, C, H, W] -> [N, 12 C].
+
+    Of each band mean, standard deviation, minimum, maximum, percentiles 10, 25, 50, 75 and 90, mean
+    size of the gradient down and across, and the standard deviation of its length.
+    """
+    x = x.float()
+    down, across = x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
+    ordered = x.flatten(2).sort(-1).values
+    places = [round(share * (ordered.shape[2] - 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)]
+    measures = [
+        x.mean((2, 3)), x.std((2, 3)), *ordered[..., places].unbind(-1),
+        down.abs().mean((2, 3)), across.abs().mean((2, 3)), torch.hypot(down, across).std((2, 3)),
+    ]  # fmt: skip
+    return torch.cat(measures, 1)
 
 
 # ---------------------------------------------------------------------------------------- heads
@@ -837,145 +1038,137 @@ def build_head(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(HIDDEN, classes))
 
 
-def fit_mlp(
-    x: torch.Tensor, y: torch.Tensor, classes: int, how: str, rate: float, epochs: int
-) -> nn.Module:
-    """The paper's head on features [N, D] and labels int64 [N]; the rate falls along a cosine."""
-    head = build_head(x.shape[1], classes)
-    if how == "sgd":
-        optimiser: Any = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
-    else:
-        optimiser = torch.optim.Adam(head.parameters(), lr=rate)
-    batches = -(-len(x) // HEAD_BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * batches)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).tensor_split(batches):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(head(x[rows]), y[rows]).backward()
-            optimiser.step()
-            schedule.step()
-    return head.eval()
+def fit_mlps(
+    x: torch.Tensor, y: torch.Tensor, classes: int, settings: list[tuple[str, float]], epochs: int
+) -> list[nn.Module]:
+    """The paper's head on features [N, D] and labels int64 [N], once for each setting, side by side
+    on the same batches; the rates fall along a cosine."""
+    heads = [build_head(x.shape[1], classes).to(x.device) for _ in settings]
+    optimisers: list[Any] = [
+        torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
+        if how == "sgd" else torch.optim.Adam(head.parameters(), lr=rate)
+        for head, (how, rate) in zip(heads, settings, strict=True)
+    ]  # fmt: skip
+    batches = -(-len(x) // HEAD_BATCH)  # of sizes that differ by one: none has a single row
+    falls = [torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs * batches) for o in optimisers]
+    progress = Progress("head: epoch")
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(x), device=x.device).tensor_split(batches):
+            part, truth = x[rows], y[rows]
+            loss = sum(nn.functional.cross_entropy(head(part), truth) for head in heads)
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            loss.backward()
+            for step in (*optimisers, *falls):
+                step.step()
+        progress(epoch + 1, epochs)
+    return [head.eval() for head in heads]
 
 
-def standardiser(x: torch.Tensor) -> nn.Module:
-    """Features to mean 0, deviation 1 over the training images: a BatchNorm without weights."""
-    scale = nn.BatchNorm1d(x.shape[1], affine=False)
-    scale.running_mean, scale.running_var = x.mean(0), x.var(0)
-    return scale.eval()
-
-
-def fit_linear(
-    x: torch.Tensor, y: torch.Tensor, classes: int, penalty: float, steps: int
-) -> nn.Module:
-    """Logistic regression: mean cross-entropy + penalty * |W|^2, by L-BFGS."""
-    scale, head = standardiser(x), nn.Linear(x.shape[1], classes)
-    nn.init.zeros_(head.weight)
-    x = scale(x)
-    lbfgs = torch.optim.LBFGS(head.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        lbfgs.zero_grad()
-        loss = nn.functional.cross_entropy(head(x), y) + penalty * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    lbfgs.step(loss)
-    return nn.Sequential(scale, head)
-
-
-def fit_knn(x: torch.Tensor, y: torch.Tensor, classes: int, k: int) -> Callable:
-    """The k nearest training images by cosine vote, each with its similarity."""
-    scale = standardiser(x)
-    known = nn.functional.normalize(scale(x))
-
-    def vote(new: torch.Tensor) -> torch.Tensor:
-        near, which = (nn.functional.normalize(scale(new)) @ known.T).topk(min(k, len(known)))
-        return torch.zeros(len(new), classes).scatter_add_(1, y[which], 1 + near)
-
-    return vote
-
-
-def fit_head(
-    kind: str, setting: tuple, x: torch.Tensor, y: torch.Tensor, classes: int, epochs: int
-) -> Callable:
-    """A head of any kind: features [n, D] -> scores [n, classes]."""
+def fit_heads(
+    kind: str, settings: list[tuple[str, float]], x: torch.Tensor, y: torch.Tensor, classes: int,
+    epochs: int,
+) -> list[Any]:  # fmt: skip
+    """Heads of a kind, one for each setting, on features [N, D] and labels int64 [N]."""
     if kind == "mlp":
-        return fit_mlp(x, y, classes, *setting, epochs)
-    if kind == "linear":
-        return fit_linear(x, y, classes, setting[1], epochs)
-    return fit_knn(x, y, classes, setting[1])
+        return fit_mlps(x, y, classes, settings, epochs)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    heads = []
+    for _, value in settings:
+        if kind == "linear":  # mean cross-entropy + value * |W|^2
+            head: Any = LogisticRegression(C=1 / (2 * value * len(x)), max_iter=10_000)
+        else:  # votes weighed by cosine similarity + 1
+            near = min(int(value), len(x))
+            head = KNeighborsClassifier(near, metric="cosine", weights=lambda far: 2 - far)
+        heads.append(make_pipeline(StandardScaler(), head).fit(x.cpu().numpy(), y.cpu().numpy()))
+    return heads
 
 
 def choose_head(
     kind: str, x: torch.Tensor, y: torch.Tensor, fit: int, again: bool, classes: int, epochs: int
-) -> tuple[tuple, Callable]:
+) -> tuple[tuple, Any]:
     """The setting with the best F1 on the validation rows, and its head.
 
     x, y: the training split's features and labels, the first `fit` rows to fit, the rest to choose
     by; with `again` the chosen head is trained anew on all of them. Each setting is tried for all
     epochs: tried for a quarter of them, the fastest wins instead of the best (up to 0.05 less F1).
     """
-    scores, heads = [], []
-    for setting in CHOICES[kind]:
-        heads.append(fit_head(kind, setting, x[:fit], y[:fit], classes, epochs))
-        names = [str(label) for label in range(classes)]
-        scores.append(f1_metrics(y[fit:].numpy(), predict(heads[-1], x[fit:]), names)["f1_macro"])
+    heads = fit_heads(kind, CHOICES[kind], x[:fit], y[:fit], classes, epochs)
+    truth, names = y[fit:].cpu().numpy(), [str(label) for label in range(classes)]
+    scores = [f1_metrics(truth, predict(head, x[fit:]), names)["f1_macro"] for head in heads]
     best = int(np.argmax(scores))
     setting = CHOICES[kind][best]
-    return setting, fit_head(kind, setting, x, y, classes, epochs) if again else heads[best]
+    if again:
+        return setting, fit_heads(kind, [setting], x, y, classes, epochs)[0]
+    return setting, heads[best]
 
 
-def predict(head: Callable, x: torch.Tensor) -> np.ndarray:
+def predict(head: Any, x: torch.Tensor) -> np.ndarray:
     """Class numbers int64 [n]."""
+    if not isinstance(head, nn.Module):
+        return head.predict(x.cpu().numpy())
     with torch.no_grad():
-        return torch.cat([head(part).argmax(1) for part in x.split(4096)]).numpy()
+        return torch.cat([head(part).argmax(1) for part in x.split(4096)]).cpu().numpy()
 
 
-def train_scratch(
-    encoder: nn.Module, images: Images, rows: np.ndarray, setup: Setup, epochs: int, seed: int,
-    spent: dict[str, Any],
+def fine_tune(
+    encoder: nn.Module, images: Images, rows: np.ndarray, setup: Setup, rate: float, epochs: int,
+    seed: int, device: torch.device, spent: dict[str, Any],
 ) -> nn.Module:  # fmt: skip
-    """Encoder and head together: AdamW 1e-3, decay 0.05, one cycle, turned and mirrored batches."""
-    head = build_head(encoder.width, len(images.classes)).to(DEVICE)
-    model = nn.Sequential(encoder, head).train()
+    """Encoder and head together: AdamW, decay 0.05, one cycle, turned and mirrored batches.
+
+    Where the images are few, as many epochs as make FINETUNE_STEPS. Returns the head.
+    """
+    torch.manual_seed(seed)
+    head = build_head(encoder.width, len(images.classes)).to(device)
+    model = nn.Sequential(encoder, head).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    steps = epochs * -(-len(rows) // ENCODE_BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
+    batches = -(-len(rows) // ENCODE_BATCH)
+    epochs = max(epochs, -(-FINETUNE_STEPS // batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches)
+    rng, progress = np.random.default_rng(seed), Progress(f"learning rate {rate}: epoch")
+    for epoch in range(epochs):
         order = rng.permutation(rows)
-        labels, done = torch.from_numpy(images.labels[order]).to(DEVICE), 0
-        for batch in read_ahead(images, order, setup, spent):
+        labels, done = torch.from_numpy(images.labels[order]).to(device), 0
+        for batch in read_ahead(images, order, setup, device, spent):
             y = labels[done : done + len(batch)]
             done += len(batch)
             batch = torch.rot90(batch, int(rng.integers(4)), (2, 3))
             batch = batch.flip(3) if rng.integers(2) else batch
             optimiser.zero_grad()
-            with autocast():
-                logits = model(batch)
+            with autocast(device):
+                logits = head(encoder(for_encoder(encoder, batch)))
             nn.functional.cross_entropy(logits.float(), y).backward()
             optimiser.step()
             schedule.step()
+        progress(epoch + 1, epochs)
     model.eval().requires_grad_(False)
-    return head.cpu()
+    return head
 
 
 # ------------------------------------------------------------------------------------- measures
 def f1_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """F1 macro, weighted and by class, accuracy, confusion (rows: truth), as scikit-learn's.
 
-    A class that is in neither truth nor prediction is left out, not counted as 0.
+    Means are over the classes that the truth holds; a class that is only predicted is listed, and
+    what was taken for it counts against the others.
     """
     n = len(classes)
     confusion = np.bincount(truth * n + said, minlength=n * n).reshape(n, n)
-    support, hits = confusion.sum(1), np.diag(confusion)
-    present = np.flatnonzero(support + confusion.sum(0))
-    f1 = 2 * hits[present] / (support + confusion.sum(0))[present]
+    support, guesses, hits = confusion.sum(1), confusion.sum(0), np.diag(confusion)
+    present = np.flatnonzero(support)
+    f1 = 2 * hits[present] / (support + guesses)[present]
     return {
         "f1_macro": float(f1.mean()),
         "f1_weighted": float((f1 * support[present]).sum() / support.sum()),
         "accuracy": float(hits.sum() / support.sum()),
         "f1_per_class": {classes[i]: float(v) for i, v in zip(present, f1, strict=True)},
+        "classes": [classes[i] for i in present],
+        "only_predicted": [classes[i] for i in np.flatnonzero((support == 0) & (guesses > 0))],
         "confusion": confusion.tolist(),
     }
 
@@ -1048,157 +1241,238 @@ def draw_cams(path: Path, pixels: np.ndarray, maps: np.ndarray, titles: list[str
 
 
 # -------------------------------------------------------------------------------------- one run
-def cached_features(
-    encoder: nn.Module,
-    images: Images,
-    rows: np.ndarray,
-    setup: Setup,
-    cache: Path | None,
-    spent: Any,
-) -> torch.Tensor:
-    """Features of `rows` [N, D]; from `cache` where the same weights met the same pixels before."""
-    key = hashlib.sha256(json.dumps([setup, native_bf16(DEVICE)]).encode())
-    for name, value in encoder.state_dict().items():
-        key.update(name.encode() + value.cpu().numpy().tobytes())
-    for path in (path for row in rows for path in images.files[row] if cache):
-        stat = os.stat(path)
-        key.update(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode())
-    file = cache / f"{key.hexdigest()[:32]}.pt" if cache else None
-    if file and file.exists():
-        return torch.load(file, weights_only=True)
-    features = encode(encoder, read_ahead(images, rows, setup, spent))
-    if file:
-        write_atomic(file, lambda beside: torch.save(features, beside))
-    return features
-
-
 def save_cams(
     path: Path, encoder: nn.Module, head: nn.Module, images: Images, test: np.ndarray,
-    said: np.ndarray, setup: Setup, count: int, spent: dict[str, Any],
+    said: np.ndarray, setup: Setup, count: int, device: torch.device, spent: dict[str, Any],
 ) -> None:  # fmt: skip
     """Maps of the predicted class for `count` test images, spread over the classes."""
     draw = stratified(images.labels[test], min(count, len(test)), np.random.default_rng(0))
-    model = nn.Sequential(encoder, head.to(DEVICE))
-    pixels, maps, targets = [], [], torch.from_numpy(said[draw]).to(DEVICE)
-    for batch in read_ahead(images, test[draw], setup, spent):
+    model = nn.Sequential(encoder, head)
+    pixels, maps, targets = [], [], torch.from_numpy(said[draw]).to(device)
+    for batch in read_ahead(images, test[draw], setup, device, spent):
         target, targets = targets[: len(batch)], targets[len(batch) :]
         maps.append(fullgrad(model, for_encoder(encoder, batch), target).cpu())
         pixels.append(batch.cpu())
     titles = []
     for truth, guess in zip(images.labels[test][draw], said[draw], strict=True):
-        name = images.classes[truth]
-        titles.append(
-            name + (": correct" if truth == guess else f": wrong, {images.classes[guess]}")
-        )
+        right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
+        titles.append(f"{images.classes[truth]}: {right}")
     draw_cams(path, torch.cat(pixels).numpy(), torch.cat(maps).numpy(), titles)
-    head.cpu()
+    print(f"wrote {path}", flush=True)
 
 
-def list_hash(images: Images) -> str:
-    """Which labelled images a data set holds, wherever it lies."""
-    pairs = [[name, int(label)] for name, label in zip(images.names, images.labels, strict=True)]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+def save_npz(path: Path, **arrays: np.ndarray) -> None:
+    def write(beside: Path) -> None:
+        with open(beside, "wb") as file:  # given a path, numpy would add .npz to it
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)
+    print(f"wrote {path}", flush=True)
 
 
-def run(args: argparse.Namespace, images: Images, bands: list[str], seed: int) -> None:
-    """One band (or three) and one seed: read, encode, train the head, measure, write."""
+def choose_fine_tuned(
+    make: Callable[[], nn.Module], images: Images, parts: tuple[np.ndarray, ...], again: bool,
+    setup: Setup, epochs: int, seed: int, device: torch.device, spent: dict[str, Any],
+) -> tuple[tuple, nn.Module, nn.Module]:  # fmt: skip
+    """The learning rate with the best F1 on the validation part, the encoder and the head.
+
+    parts: fit and validation images. Each rate starts from make(); with `again` the chosen one
+    is trained once more, on both parts.
+    """
+    fit, val = parts
+    train = np.concatenate(parts)
+
+    def tuned(rate: float, rows: np.ndarray) -> tuple[nn.Module, nn.Module]:
+        encoder = make()
+        return encoder, fine_tune(encoder, images, rows, setup, rate, epochs, seed, device, spent)
+
+    models, scores = [], []
+    for _, rate in CHOICES["finetune"]:
+        encoder, head = tuned(rate, fit)
+        batches = read_ahead(images, val, setup, device, spent)
+        said = predict(head, encode(encoder, batches, device, "validating", len(val)))
+        scores.append(f1_metrics(images.labels[val], said, images.classes)["f1_macro"])
+        models.append((encoder, head))
+    best = int(np.argmax(scores))
+    setting = CHOICES["finetune"][best]
+    return setting, *(tuned(setting[1], train) if again else models[best])
+
+
+def run(
+    args: argparse.Namespace, images: Images, known: dict[str, Any], parts: list[str] | None,
+    bands: list[str], seed: int, device: torch.device,
+) -> Path:  # fmt: skip
+    """One band (or three) and one seed: read, encode, train the head, measure, write.
+
+    known: what is the same for all bands and seeds and helps to determine the result.
+    """
     weights: Weights = args.weights
-    settings = {
-        "size": args.size, "head": args.head, "hidden": HIDDEN, "epochs": args.epochs,
-        "batch": HEAD_BATCH, "tried": CHOICES[args.head], "bn": args.bn, "stats": args.stats,
-        "kind": weights.kind, "arch": "" if weights.file else args.arch, "file": weights.sha256,
-        "images": list_hash(images),
+    floor, kind = weights.source == "stats", "finetune" if args.finetune else args.head
+    name = weights.name + " fine-tuned" * args.finetune
+    if args.finetune and not weights.tensors:
+        name = NEW_WEIGHTS["scratch"]
+    settings = known | {  # None: does not apply
+        "places": {band: images.bands[band] for band in bands}, "train_images": args.train_images,
+        "size": args.size, "stats": args.stats, "head": args.head, "hidden": HIDDEN,
+        "finetune": args.finetune, "tried": CHOICES[kind],
+        "arch": None if floor else weights.metadata.get("arch", args.arch),
+        "bn": None if floor or args.finetune else args.bn,
+        "epochs": args.epochs if kind in ("mlp", "finetune") else None,
+        "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH, "bf16": native_bf16(device),
     }  # fmt: skip
     scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset, "bands": bands}
-    parts = [args.dataset, args.split, str(args.subset or "full"), weights.name, "+".join(bands)]
-    stem = result_stem([*parts, str(args.size)], settings | scope, seed)
-    path, npz, png = (args.out / (stem + e) for e in (".json", "-embeddings.npz", "-cam.png"))
+    identity = digest_of([settings, scope, seed, name, weights.sha256 or weights.source])
+    stem = [args.dataset, args.split, str(args.subset or "full"), name, "+".join(bands)]
+    path = result_path(args.out, [*stem, str(args.size)], identity, seed)
+    npz, png = (path.with_name(path.stem + end) for end in ("-embeddings.npz", "-cam.png"))
     if all(p.exists() for p in [path] + [npz] * args.embeddings + [png] * (args.cam > 0)):
         print(f"{path}: done before", flush=True)
-        return
+        return path
 
     begin, spent = time.perf_counter(), {"read": 0.0, "replaced": 0}
     unseen = check_bands(weights, bands, args.stats)
-    fit, val, test, listed = split_images(images, args, seed)
+    fit, val, test, listed = split_images(images.labels, parts, args, seed)
     train = fit if listed else np.concatenate([fit, val])
-    if args.stats == "encoder":
-        where = [weights.metadata["bands"].index(band) for band in bands]
-        mean, std = ([weights.metadata[key][i] for i in where] for key in ("mean", "std"))
-    else:
-        mean, std = band_statistics(images, train, bands)
-    setup = Setup(bands, args.size, mean, std)
+    setup = standardise(args, images, bands, train)
     spent["read"] = time.perf_counter() - begin
-    encoder, arch = load_encoder(weights, args.arch, len(bands), seed)
-    encoder = encoder.to(DEVICE, memory_format=torch.channels_last)
-    if args.bn == "reestimate":
-        order = np.random.default_rng(seed).permutation(train)
-        reestimate_batchnorm(encoder, read_ahead(images, order, setup, spent))
 
-    torch.manual_seed(seed)
+    def make() -> nn.Module:
+        encoder = load_encoder(weights, args.arch, len(bands), seed)
+        return encoder.to(device, memory_format=torch.channels_last)
+
     start = time.perf_counter()
-    if weights.kind == "scratch":
-        head: Any = train_scratch(encoder, images, train, setup, args.epochs, seed, spent)
-        before, chosen, rows = encoder.state_dict(), ("adamw", 1e-3), test
+    if args.finetune:
+        chosen, encoder, head = choose_fine_tuned(
+            make, images, (fit, val), not listed, setup, args.epochs, seed, device, spent
+        )
         trained = time.perf_counter()
-        features = cached_features(encoder, images, rows, setup, None, spent)
+        batches = read_ahead(images, test, setup, device, spent)
+        features = encode(encoder, batches, device, "encoding", len(test))
         seconds = {"encode": time.perf_counter() - trained, "train": trained - start}
     else:
-        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        encoder = image_statistics if floor else make()
+        if args.bn == "reestimate":
+            order = np.random.default_rng(seed).permutation(train)
+            reestimate_batchnorm(encoder, read_ahead(images, order, setup, device, spent))
+        before = {} if floor else {k: v.clone() for k, v in encoder.state_dict().items()}
+        torch.manual_seed(seed)
         rows = np.concatenate([fit, val, test])
-        features = cached_features(encoder, images, rows, setup, args.cache, spent)
+        batches = read_ahead(images, rows, setup, device, spent)
+        features = encode(encoder, batches, device, "encoding", len(rows))
         encoded = time.perf_counter()
-        x, y = features[: -len(test)], torch.from_numpy(images.labels[rows[: -len(test)]])
+        x, features = features[: -len(test)], features[-len(test) :]
+        y = torch.from_numpy(images.labels[rows[: -len(test)]]).to(device)
         count = len(images.classes)
         chosen, head = choose_head(args.head, x, y, len(fit), not listed, count, args.epochs)
+        if not floor:
+            assert_unchanged(encoder, before)
         seconds = {"encode": encoded - start, "train": time.perf_counter() - encoded}
-    said = predict(head, features[-len(test) :])
+    said = predict(head, features)
     metrics = f1_metrics(images.labels[test], said, images.classes)
-    assert_unchanged(encoder, before)
     if args.cam:
-        save_cams(png, encoder, head, images, test, said, setup, args.cam, spent)
+        save_cams(png, encoder, head, images, test, said, setup, args.cam, device, spent)
     if args.embeddings:
-        names = np.array([images.names[row] for row in test])
-        found = {"features": features[-len(test) :].numpy(), "labels": images.labels[test]}
-        write_atomic(npz, lambda beside: save_npz(beside, names=names, **found))
+        save_npz(npz, names=np.array([images.names[row] for row in test]),
+                 features=features.cpu().numpy(), labels=images.labels[test])  # fmt: skip
+    about = {k: v for k, v in weights.metadata.items() if k not in ("bands", "mean", "std")}
     write_result(path, {
         "schema": 1, "stage": "probe", **scope, "seed": seed, "metrics": metrics,
-        "weights": {"name": weights.name, "source": str(weights.file or weights.kind),
-                    "sha256": weights.sha256},
+        "weights": about | {"name": name, "source": weights.source, "sha256": weights.sha256},
         "config": settings | {
-            "arch": arch, "optimiser": chosen[0], CHOSEN[args.head]: chosen[1],
-            "classes": images.classes,
+            "identity": identity, "optimiser": chosen[0],
+            CHOSEN.get(kind, "learning_rate"): chosen[1], "classes": images.classes,
             "validation": "its list" if listed else "a fifth of the training split",
             "train": len(train), "validated": len(val), "test": len(test),
-            "root": str(args.root), "mean": mean, "std": std, "replaced_samples": spent["replaced"],
-            "unseen_bands": unseen, "synthetic": images.synthetic, "device": DEVICE.type,
-            "bf16": native_bf16(DEVICE),
+            "mean": setup.mean, "std": setup.std, "replaced_samples": spent["replaced"],
+            "unseen_bands": unseen, "synthetic": images.synthetic, "device": device.type,
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
             "encoder": weights.metadata,
         },
         "seconds": {"read": spent["read"], **seconds},
     })  # fmt: skip
     note = f"; the encoder never saw {', '.join(unseen)}" if unseen else ""
-    print(f"{args.dataset} {'+'.join(bands)}, {weights.name}, seed {seed}: F1 macro "
+    if metrics["only_predicted"]:
+        note += f"; predicted, but in no test image: {', '.join(metrics['only_predicted'])}"
+    print(f"{args.dataset} {'+'.join(bands)}, {name}, seed {seed}: F1 macro "
           f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}, "
-          f"{time.perf_counter() - begin:.1f} s{note} -> {path}", flush=True)  # fmt: skip
+          f"{time.perf_counter() - begin:.1f} s{note}", flush=True)  # fmt: skip
+    return path
 
 
-def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    with open(path, "wb") as file:  # given a path, numpy would add .npz to it
-        np.savez(file, **arrays)
+def embed(args: argparse.Namespace, images: Images, bands: list[str], device: Any) -> None:
+    """The features of every image, with what is known of it, in one NPZ file."""
+    rows, spent = np.arange(len(images.names)), {"read": 0.0, "replaced": 0}
+    check_bands(args.weights, bands, args.stats)
+    setup, encoder = standardise(args, images, bands, rows), image_statistics
+    if args.weights.source != "stats":
+        encoder = load_encoder(args.weights, args.arch, len(bands), 0)
+        encoder = encoder.to(device, memory_format=torch.channels_last)
+    if args.bn == "reestimate":
+        order = np.random.default_rng(0).permutation(rows)
+        reestimate_batchnorm(encoder, read_ahead(images, order, setup, device, spent))
+    batches = read_ahead(images, rows, setup, device, spent)
+    arrays = {"features": encode(encoder, batches, device, "encoding", len(rows)).cpu().numpy()}
+    if images.labels is not None:
+        arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
+    save_npz(args.embed, names=np.array(images.names), bands=np.array(bands), **arrays)
+
+
+def standardise(
+    args: argparse.Namespace, images: Images, bands: list[str], rows: np.ndarray
+) -> Setup:
+    """Mean and deviation of each band: of these images, or the encoder's own."""
+    about = args.weights.metadata
+    if args.stats == "train":
+        return Setup(bands, args.size, *band_statistics(images, rows, bands))
+    where = [about["bands"].index(band) for band in bands]
+    return Setup(bands, args.size, *([about[key][i] for i in where] for key in ("mean", "std")))
 
 
 def main(args: argparse.Namespace) -> None:
+    device = find_device(args.device)
+    if args.weights.name in OTHERS.values() and not args.weights.tensors:
+        args.weights = others_tensors(args.weights, args.arch)
+    if args.export:
+        return export(args.weights, args.export)
+    if bandcrop is None and args.dataset in ("eurosat", "sen12ms"):
+        fail(2, NO_BANDCROP)
     try:
         images = list_images(args.dataset, args.root, args.bands_in_file)
         if images.geotiff and bandcrop is None:
-            fail(2, "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first")
-        args.split = args.split or ("official" if images.part else "random")
-        for bands in requested_bands(args.bands, images.bands, args.dataset):
+            fail(2, NO_BANDCROP)
+        asked = requested_bands(args.bands, images.bands, args.dataset)
+        what = args.weights.metadata.get(
+            "arch", "" if args.weights.source == "stats" else args.arch
+        )
+        print(f"{args.dataset}, {len(images.names)} images; weights: {args.weights.source} "
+              f"({args.weights.name}{what and ', ' + what}); on {device}", flush=True)  # fmt: skip
+        for bands in asked:
             check_bands(args.weights, bands, args.stats)
-            for seed in range(args.seeds):
-                run(args, images, bands, seed)
-    except (OSError, getattr(bandcrop, "TileError", OSError)) as error:  # a full disk, a bad tile
+        if args.embed:
+            if len(asked) > 1:
+                fail(2, "--embed writes one file: give one band, or three")
+            return embed(args, images, asked[0], device)
+        if images.labels is None:
+            fail(1, f"{args.root}: no column label; without one only --embed works")
+        if len(images.classes) < 2:
+            fail(1, f"{args.root}: all images are of one class, {images.classes[0]}")
+        args.split = args.split or ("official" if images.part else "random")
+        parts = listed_parts(images, args)
+        known = {
+            "root": str(args.root), "files": digest_files(f for each in images.files for f in each),
+            "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
+            "parts": parts and digest_of(parts), "bands_in_files": images.counts,
+        }  # fmt: skip
+        paths = [
+            run(args, images, known, parts, bands, seed, device)
+            for bands in asked
+            for seed in range(args.seeds)
+        ]
+        print_table(args.out, paths, "f1_macro")
+    except getattr(bandcrop, "TileError", OSError) as error:
+        said = r"bands, --bands-in-file names \1" if args.dataset == "csv" else r"bands, not \1"
+        fail(1, re.sub(r"bands, not (\d+)( \(.*)?", said, str(error)))
+    except OSError as error:  # a full disk
         fail(1, str(error))
 
 
