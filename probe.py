@@ -149,6 +149,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.root = args.root or Path("data") / args.dataset
     args.size = args.size or SIZES.get(args.dataset, 128)
     args.finetune |= args.weights.source == "scratch"
+    if args.finetune and args.weights.source == "random":  # which is the same
+        args.weights = find_weights("scratch")
     if args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"):
         fail(2, "training the encoder too: --head, --bn and --stats do not apply")
     if args.weights.source == "stats" and (args.finetune or args.cam or args.bn != "encoder"):
@@ -1308,9 +1310,7 @@ def run(
     """
     weights: Weights = args.weights
     floor, kind = weights.source == "stats", "finetune" if args.finetune else args.head
-    name = weights.name + " fine-tuned" * args.finetune
-    if args.finetune and not weights.tensors:
-        name = NEW_WEIGHTS["scratch"]
+    name = weights.name + " fine-tuned" * (args.finetune and bool(weights.tensors))
     settings = known | {  # None: does not apply
         "places": {band: images.bands[band] for band in bands}, "train_images": args.train_images,
         "size": args.size, "stats": args.stats, "head": args.head, "hidden": HIDDEN,
