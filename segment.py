@@ -28,11 +28,11 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 # ------------------------------------------------------------------------------------- settings
-DFC2020 = (  # of Copernicus-Bench; the contest's own files need a login at ieee-dataport.org
-    "https://hf.co/datasets/wangyi111/Copernicus-Bench/resolve/"
-    "9d252acd3aa0e3da3128e05c6f028647f0e48e5f/l2_dfc2020_s1s2/dfc2020.zip"
+NO_DFC2020 = (  # Copernicus-Bench's copy; the contest's own needs a login at ieee-dataport.org
+    "no DFC2020 there: unpack https://hf.co/datasets/wangyi111/Copernicus-Bench/resolve/"
+    "9d252acd3aa0e3da3128e05c6f028647f0e48e5f/l2_dfc2020_s1s2/dfc2020.zip (md5 "
+    "f10ba017dab6f38b7a6857b169ea924b) and give its folder dfc2020_s1s2 as --root"
 )
-DFC2020_MD5 = "f10ba017dab6f38b7a6857b169ea924b"
 LAND_COVER = (  # DFC2020's labels 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
@@ -112,19 +112,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             fail(2, f"--classes {args.classes}: give two or more different names, as crops,forest")
     if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
         fail(2, f"--ignore {args.ignore}: give whole numbers, as --ignore=-1,255")
-    if not args.root.exists():
-        fail(2, missing_data(args.dataset, args.root))
+    if args.dataset == "dfc2020" and not args.root.is_dir():
+        fail(2, f"{args.root}: {NO_DFC2020}")
     args.weights = find_weights(args.weights)
     open_folder(args.out)
     return args
-
-
-def missing_data(dataset: str, root: Path) -> str:
-    """What is not there, and how to get it."""
-    if dataset == "csv":
-        return f"{root}: no such file; it has the columns s1,s2,mask and, if it likes, split"
-    where = f"unpack {DFC2020} (md5 {DFC2020_MD5})"
-    return f"{root}: no DFC2020 there: {where} and give its folder dfc2020_s1s2 as --root"
 
 
 # >>> shared: bands
@@ -669,6 +661,8 @@ class Tiles(NamedTuple):
     windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
     classes: list[str]
     part: list[str] | None  # train, val or test, where the archive says so
+    labelled: np.ndarray  # bool [N]: whether any pixel of the mask counts
+    content: str  # digest of names and masks
     digest: str  # of all files
     synthetic: bool
 
@@ -701,9 +695,11 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
     check_files(s1, widths[1], f"--s1-bands names {widths[1]}")
     numbers = {id: number for number, id in enumerate(classes)} | dict.fromkeys(ignored, IGNORED)
     truth, windows = read_masks(masks, numbers, args.size)
+    names = [row["mask"] for row in rows]
     return Tiles(
-        [row["mask"] for row in rows], list(zip(s2, s1, strict=True)), widths, bands[0] | bands[1],
-        truth, windows, list(classes.values()), part, digest_files([*masks, *s2, *s1]),
+        names, list(zip(s2, s1, strict=True)), widths, bands[0] | bands[1], truth, windows,
+        list(classes.values()), part, (truth != IGNORED).any((1, 2)),
+        digest_of([names, hashlib.sha256(truth).hexdigest()]), digest_files([*masks, *s2, *s1]),
         (folder / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
 
@@ -714,13 +710,15 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
     for base in ("", "dfc2020_s1s2/"):
         for part in ("train", "val", "test"):
             table = root / base / f"dfc-{part}-new.csv"  # of Copernicus-Bench: a name in each line
-            found = table.read_text().split() if table.is_file() else []
-            masks += [(part, f"{base}dfc/{name}") for name in found]
+            for name in table.read_text("utf-8", "replace").split() if table.is_file() else []:
+                if not name.endswith(".tif"):
+                    fail(1, f"{table}: {name[:40]!r} is no name of a mask")
+                masks.append((part, f"{base}dfc/{name}"))
     for part, folder in (("train", "ROIs0000_validation"), ("test", "ROIs0000_test")):
         found = sorted(root.glob(f"{folder}/dfc_*/*_dfc_*.tif"))
         masks += [(part, str(mask.relative_to(root))) for mask in found]
     if not masks:
-        fail(2, missing_data("dfc2020", root))
+        fail(2, f"{root}: {NO_DFC2020}")
     rows = []
     for part, mask in masks:
         twin = re.sub(r"dfc(_\w+)?/(\w+)_dfc_", r"{0}\1/\2_{0}_", mask)
@@ -791,14 +789,14 @@ def split_tiles(
         fewer = wanted is not None and wanted > len(pool)
         train = np.sort(rng.permutation(pool)[:wanted])
     for rows, least, use in ((train, 2, "train"), (test, 1, "test")):
-        counts = (tiles.masks[rows] != IGNORED).any((1, 2))
-        if counts.sum() < least:
+        if (counts := tiles.labelled[rows].sum()) < least:
             fail(1, f"{args.root}, --split {args.split}: {len(rows)} tiles to {use}, of which "
-                    f"{counts.sum()} have a pixel that counts; {least} are needed")  # fmt: skip
-    held = np.unique(tiles.masks[train])
-    if len(held[held != IGNORED]) < 2:
-        fail(1, f"{args.root}: {tiles.classes[held[0]]!r} is the only class in the {len(train)} "
-                "training masks: nothing to learn")  # fmt: skip
+                    f"{counts} have a pixel that counts; {least} are needed")  # fmt: skip
+    truth = tiles.masks[train]
+    held = [name for number, name in enumerate(tiles.classes) if (truth == number).any()]
+    if len(held) == 1:
+        fail(1, f"{args.root}: {held[0]!r} is the only class in the {len(train)} training masks: "
+                "nothing to learn")  # fmt: skip
     return train, test, fewer
 
 
@@ -885,9 +883,8 @@ def draw_maps(
         for axis, label in zip(row, (name, "", right), strict=True):
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(label, fontsize=8)
-    for axis, title in zip(
-        axes[0], (f"image ({', '.join(bands)})", "truth", "prediction"), strict=True
-    ):
+    titles = f"image ({', '.join(bands)})", "truth", "prediction"
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     labels = [*classes, "does not count"]
     patches = [Patch(facecolor=c, edgecolor="black", label=n)
@@ -928,12 +925,12 @@ def run(
     train, test, fewer = split_tiles(tiles, args, seed)
     classes, side = tiles.classes, tiles.masks.shape[-1]
     scope = {"dataset": args.dataset, "split": args.split, "subset": len(train), "bands": bands}
-    parts = tiles.part if args.split == "official" else None
+    part = tiles.part if args.split == "official" else None
     settings = {  # with scope, weights and seed all that determines the result
         "size": side, "epochs": args.epochs, "batch": args.batch_size, "lr": args.lr,
         "optimiser": "sgd", "bn": args.bn, "stats": args.stats, "classes": classes,
         "arch": weights.metadata.get("arch", args.arch), "bf16": native_bf16(device),
-        "images": digest_of([tiles.names, parts, hashlib.sha256(tiles.masks).hexdigest()])[:16],
+        "images": digest_of([tiles.content, part])[:16],
         "files": tiles.digest, "places": [tiles.bands[band] for band in bands],
     }  # fmt: skip
     identity = digest_of([scope, settings, weights.name, weights.sha256])
@@ -944,11 +941,11 @@ def run(
         print(f"{path}: done before", flush=True)
         return path
 
-    counts = (tiles.masks[train] != IGNORED).any((1, 2))
-    used = train[counts]  # the others have nothing to learn from
+    used = train[tiles.labelled[train]]  # the others have nothing to learn from
     print(f"{'+'.join(bands)}, seed {seed}: {len(train)} tiles to train"
           + " (fewer than --num-images)" * fewer
-          + f", {len(train) - len(used)} of them without a pixel that counts" * (not counts.all())
+          + f", {len(train) - len(used)} of them without a pixel that counts"
+          * (len(used) < len(train))
           + f"; {len(test)} to test", flush=True)  # fmt: skip
     mean, std = norm = band_statistics(tiles, train, bands, args)
     spent["read"] = time.perf_counter() - begin

@@ -518,6 +518,13 @@ def test_both_dfc2020_layouts_are_read(tmp_path, copernicus, types):
         np.testing.assert_allclose(images[:, 1], (s2 - mean[1]) / std[1], atol=1e-4)
 
 
+def test_a_list_that_is_no_text_is_one_line(tmp_path, capsys):
+    root = write_dfc2020(tmp_path / "dfc2020_s1s2", True)
+    (root / "dfc-val-new.csv").write_bytes(b"\x89PNG\r\n\x1a\n\0\xff")
+    argv = ["--dataset", "dfc2020", "--root", str(root), "--band", "VV", "--out", str(tmp_path)]
+    refused(capsys, 1, argv, "dfc-val-new.csv", "PNG", "no name of a mask")
+
+
 def test_random_split_draws_the_number_asked_for_and_tests_on_the_rest(table, tmp_path):
     args = segment.arguments(settings(table, tmp_path, "--split", "random", "--num-images", 5))
     tiles = segment.list_tiles(args)
@@ -561,7 +568,7 @@ def test_real_bigearthnet_tiles_run(tmp_path):
 
 def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     dfc = ["--dataset", "dfc2020", "--band", "RE5"]
-    refused(capsys, 2, [*dfc, "--root", str(tmp_path / "none")], "dfc2020.zip", segment.DFC2020_MD5)
+    refused(capsys, 2, [*dfc, "--root", str(tmp_path / "none")], "dfc2020.zip", "md5 f10ba017")
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--out", str(tmp_path)], "no DFC2020")
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--classes", "9"], "--classes 9", "8 or 10")
     refused(capsys, 2, [*dfc, "--epochs", "x"], "--epochs", "'x'", "--help")
