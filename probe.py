@@ -1224,21 +1224,25 @@ def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.T
 
 
 def draw_cams(path: Path, pixels: np.ndarray, maps: np.ndarray, titles: list[str]) -> None:
-    """A sheet of images [K, C, H, W], each beside its map [K, H, W] under its title."""
+    """A sheet with a row for each image [K, C, H, W] under its title: the image, its map [K, H, W],
+    and the map divided by the mean of all maps, which shows what is this image's own.
+
+    At 64 px nearly all of a map comes from bias terms on grids of 2 to 8 px, with zero padding's
+    pattern: maps of six classes correlate by 0.90 (authors' code: 0.91, and 0.98 with ours).
+    """
     from matplotlib.figure import Figure
 
-    columns = min(3, len(maps))
-    rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for (left, right), image, heat, title in zip(axes, pixels, maps, titles, strict=False):
+    figure = Figure(figsize=(7.5, 2.5 * len(maps)), layout="constrained")
+    axes = figure.subplots(len(maps), 3, squeeze=False)
+    for row, image, heat, title in zip(axes, pixels, maps, titles, strict=True):
         low, high = np.percentile(image, (2, 98), axis=(1, 2), keepdims=True)
         shown = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
-        left.imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=1)
-        left.set_title(title, fontsize=8, loc="left")
-        right.imshow(heat, cmap="inferno")
+        row[0].imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=1)
+        row[1].imshow(heat, cmap="inferno")
+        row[2].imshow(heat / np.maximum(maps.mean(0), 1e-12), cmap="inferno")
+        for axis, text in zip(row, (title, "FullGrad", "divided by the mean map"), strict=True):
+            axis.set_axis_off()
+            axis.set_title(text, fontsize=8, loc="left")
     write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
 
 
@@ -1254,7 +1258,7 @@ def save_cams(
     for batch in read_ahead(images, test[draw], setup, device, spent):
         target, targets = targets[: len(batch)], targets[len(batch) :]
         maps.append(fullgrad(model, for_encoder(encoder, batch), target).cpu())
-        pixels.append(batch.cpu())
+        pixels.append(batch.cpu().clone())  # its memory is the next batch's
     titles = []
     for truth, guess in zip(images.labels[test][draw], said[draw], strict=True):
         right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
@@ -1429,25 +1433,25 @@ def standardise(
 
 
 def main(args: argparse.Namespace) -> None:
-    device = find_device(args.device)
-    if args.weights.name in OTHERS.values() and not args.weights.tensors:
-        args.weights = others_tensors(args.weights, args.arch)
-    if args.export:
-        return export(args.weights, args.export)
-    if bandcrop is None and args.dataset in ("eurosat", "sen12ms"):
-        fail(2, NO_BANDCROP)
+    device, weights = find_device(args.device), args.weights
     try:
-        images = list_images(args.dataset, args.root, args.bands_in_file)
-        if images.geotiff and bandcrop is None:
+        if weights.name in OTHERS.values() and not weights.tensors:
+            args.weights = weights = others_tensors(weights, args.arch)
+        if args.export:
+            return export(weights, args.export)
+        if bandcrop is None and args.dataset in ("eurosat", "sen12ms"):
             fail(2, NO_BANDCROP)
-        asked = requested_bands(args.bands, images.bands, args.dataset)
-        what = args.weights.metadata.get(
-            "arch", "" if args.weights.source == "stats" else args.arch
+        images = list_images(args.dataset, args.root, args.bands_in_file)
+        if bandcrop is None and images.geotiff:
+            fail(2, NO_BANDCROP)
+        arch = (
+            "no network" if weights.source == "stats" else weights.metadata.get("arch", args.arch)
         )
-        print(f"{args.dataset}, {len(images.names)} images; weights: {args.weights.source} "
-              f"({args.weights.name}{what and ', ' + what}); on {device}", flush=True)  # fmt: skip
+        print(f"{args.dataset}, {len(images.names)} images; weights: {weights.source} "
+              f"({weights.name}, {arch}); on {device}", flush=True)  # fmt: skip
+        asked = requested_bands(args.bands, images.bands, args.dataset)
         for bands in asked:
-            check_bands(args.weights, bands, args.stats)
+            check_bands(weights, bands, args.stats)
         if args.embed:
             if len(asked) > 1:
                 fail(2, "--embed writes one file: give one band, or three")
@@ -1477,6 +1481,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no UTF-8
     try:
         main(ARGS)
     except KeyboardInterrupt:
