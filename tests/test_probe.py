@@ -96,12 +96,14 @@ def refused(capsys, status, argv, *words):
     return said
 
 
-def read(images, rows, bands, size=32):
+def setup_of(bands, mean=(0.0,), std=(1.0,), size=32):
+    return probe.Setup(bands, size, mean, std, CPU, {"read": 0.0, "replaced": 0})
+
+
+def read(images, rows, bands):
     """Standardised images and how they were standardised."""
-    setup = probe.Setup(bands, size, *probe.band_statistics(images, rows, bands))
-    spent = {"read": 0.0, "replaced": 0}
-    batches = [x.clone() for x in probe.read_ahead(images, rows, setup, CPU, spent)]
-    return torch.cat(batches), setup, spent
+    setup = setup_of(bands, *probe.band_statistics(images, rows, bands))
+    return torch.cat([x.clone() for x in probe.read_ahead(images, rows, setup)]), setup
 
 
 # ------------------------------------------------------------------------------------- measures
@@ -285,7 +287,7 @@ def test_eurosat_bands_are_read_in_the_files_order_and_standardised(eurosat):
     images = probe.list_images("eurosat", eurosat, None)
     rows = np.array([0, 7, 25])
     for band, place in (("Blue", 1), ("NIR", 7), ("SWIR2", 11), ("NNIR", 12)):
-        x, setup, _ = read(images, rows, [band])
+        x, setup = read(images, rows, [band])
         raw = np.stack([tifffile.imread(images.files[row][0])[..., place] for row in rows])
         assert setup.mean == pytest.approx([raw.mean()]) and setup.std == pytest.approx([raw.std()])
         np.testing.assert_allclose(x[:, 0], (raw - raw.mean()) / raw.std(), atol=1e-4)
@@ -367,10 +369,10 @@ def test_sen12ms_scene_labels_are_the_simplified_majority_and_nan_becomes_the_me
         "ROIs1158_spring_s2_1_p1": "Water",
         "ROIs1158_spring_s2_1_p10": "Water",
     }
-    x, setup, spent = read(images, np.arange(12), ["SAR2", "NNIR"])
+    x, setup = read(images, np.arange(12), ["SAR2", "NNIR"])
     raw = np.stack([tifffile.imread(files[1])[..., 1] for files in images.files])
     assert setup.mean[0] == pytest.approx(np.nanmean(raw), rel=1e-5)
-    assert spent["replaced"] == 1 and x[0, 0, 3, 4] == 0
+    assert setup.spent["replaced"] == 1 and x[0, 0, 3, 4] == 0
     s2 = tifffile.imread(images.files[5][0])[..., 8]  # B8A is the ninth of thirteen here
     np.testing.assert_allclose(x[5, 1], (s2 - setup.mean[1]) / setup.std[1], atol=1e-4)
 
@@ -489,7 +491,9 @@ def test_a_file_of_another_layout_is_refused_with_what_it_holds(
     assert ended.value.code == 1 and "entries" in said and "weights.pt" in said
 
 
-def test_tensors_of_another_shape_or_not_finite_are_refused(resnet50, tmp_path, capsys):
+def test_tensors_of_another_shape_or_not_finite_are_refused(
+    resnet50, tmp_path, capsys, monkeypatch
+):
     shape = layout("byol-imagenet", resnet50)
     shape["online_backbone"]["module.encoder.60"] = torch.zeros(7)
     finite = {key: value.clone() for key, value in layout("imagenet", resnet50).items()}
@@ -502,8 +506,9 @@ def test_tensors_of_another_shape_or_not_finite_are_refused(resnet50, tmp_path, 
         assert ended.value.code == 1 and told in capsys.readouterr().err
     encoder = probe.build_encoder("resnet18", 1)
     encoder.bn1.bias.data[0] = float("inf")  # as training from scratch may leave it
+    monkeypatch.setattr(probe, "read_ahead", lambda *_: iter([torch.zeros(2, 1, 32, 32)]))
     with pytest.raises(SystemExit) as ended:
-        probe.encode(encoder, iter([torch.zeros(2, 1, 32, 32)]), CPU, "", 2)
+        probe.encode(encoder, None, [0, 1], setup_of(["Red"]))
     assert ended.value.code == 1 and "not finite" in capsys.readouterr().err
 
 
@@ -621,10 +626,10 @@ def test_the_encoder_is_in_eval_mode_and_equal_after_training(photos, tmp_path, 
 def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
     photos, tmp_path, monkeypatch, capsys
 ):
-    def forgets_eval(encoder, batches, *_):
+    def forgets_eval(encoder, images, rows, setup):
         encoder.train()
         with torch.no_grad():
-            return torch.cat([encoder(batch) for batch in batches])
+            return torch.cat([encoder(batch) for batch in probe.read_ahead(images, rows, setup)])
 
     monkeypatch.setattr(probe, "encode", forgets_eval)
     refused(capsys, 1, settings(photos, tmp_path, "--embeddings"), "running_mean", "changed")
@@ -634,7 +639,7 @@ def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
 def test_reestimated_batchnorm_holds_the_statistics_of_the_images(eurosat, monkeypatch):
     monkeypatch.setattr(probe, "native_bf16", lambda device: False)  # to compare in fp32
     images = probe.list_images("eurosat", eurosat, None)
-    x, *_ = read(images, np.arange(30), ["Red"])
+    x, _ = read(images, np.arange(30), ["Red"])
     encoder = probe.build_encoder("resnet18", 1)
     probe.reestimate_batchnorm(encoder, iter([x]))
     with torch.no_grad():
@@ -649,7 +654,8 @@ def test_features_are_float32_whatever_the_encoder_computes_in(fast, monkeypatch
     monkeypatch.setattr(probe, "native_bf16", lambda device: fast)
     encoder = probe.build_encoder("resnet18", 1)
     images = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = probe.encode(encoder, iter(images.split(4)), CPU, "", 6)
+    monkeypatch.setattr(probe, "read_ahead", lambda *_: iter(images.split(4)))
+    found = probe.encode(encoder, None, range(6), setup_of(["Red"]))
     with torch.no_grad():
         exact = encoder(images)
     assert found.dtype == torch.float32
@@ -688,8 +694,7 @@ def test_a_result_follows_the_schema_and_a_rerun_skips_it(photos, tmp_path, monk
 @pytest.fixture
 def quick(monkeypatch):
     """Networks and heads that take no time: what is left is what tells results apart."""
-    monkeypatch.setattr(probe, "encode", lambda encoder, batches, device, said, count: torch.zeros(
-        count, 512))  # fmt: skip
+    monkeypatch.setattr(probe, "encode", lambda e, i, rows, s: torch.zeros(len(rows), 512))
     monkeypatch.setattr(probe, "reestimate_batchnorm", lambda *_: None)
     head = torch.nn.Linear(512, 3)
     monkeypatch.setattr(probe, "choose_head", lambda *_: (("sgd", 0.1), head))
@@ -830,7 +835,7 @@ def test_embed_writes_the_features_of_every_image_labelled_or_not(photos, tmp_pa
     assert f"wrote {tmp_path / 'all.npz'}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     found = np.load(tmp_path / "all.npz", allow_pickle=False)
-    x, *_ = read(images, np.arange(30), ["Red"])
+    x, _ = read(images, np.arange(30), ["Red"])
     np.testing.assert_allclose(found["features"], probe.image_statistics(x), rtol=1e-5)
     assert found["names"].tolist() == [file for (file,) in images.files]
     assert found["bands"].tolist() == ["Red"] and "labels" not in found
@@ -907,12 +912,12 @@ def test_scratch_is_fine_tuning_from_random_weights(photos, tmp_path, quick):
 def test_few_images_get_as_many_epochs_as_make_the_steps(photos, monkeypatch):
     monkeypatch.setattr(probe, "FINETUNE_STEPS", 5)
     images = probe.list_images("eurosat-rgb", photos, None)
-    setup, spent, drawn = probe.Setup(["Red"], 32, [100.0], [50.0]), {"read": 0.0}, []
+    setup, drawn = setup_of(["Red"], [100.0], [50.0]), []
     read_ahead = probe.read_ahead
     monkeypatch.setattr(probe, "read_ahead", lambda *a: drawn.append(a[1]) or read_ahead(*a))
     encoder = probe.build_encoder("resnet18", 1)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    probe.fine_tune(encoder, images, np.arange(30), setup, 1e-3, 1, 0, CPU, spent)
+    probe.fine_tune(encoder, images, np.arange(30), setup, 1e-3, 1, 0)
     assert len(drawn) == 5 and all(sorted(order) == list(range(30)) for order in drawn)
     assert not torch.equal(encoder.conv1.weight, before["conv1.weight"])
     assert not torch.equal(encoder.bn1.running_mean, before["bn1.running_mean"])
