@@ -1,12 +1,14 @@
 """Land cover from a frozen encoder: DeepLabV3's decoder on its feature maps, mIoU for each band.
 
-    python segment.py --dataset dfc2020 --band RE5 --weights runs/x/encoder.safetensors
-    python segment.py --dataset dfc2020 --band all --split official --seeds 3 --maps 6
+    python segment.py --dataset dfc2020 --band RE5    # with the encoder that pretrain.py made
+    python segment.py --dataset dfc2020 --band all --split official --seeds 3 --maps 6 \\
+        --weights runs/x/encoder.safetensors
     python segment.py --dataset csv --root tiles.csv --s1-bands VV,VH --s2-bands B02,B03,B04,B08 \\
         --classes urban,crops,forest,shrub,wetland,water --band NIR --arch resnet18
 
-One JSON in --out for each band and seed. A rerun skips a result only where all that determines it
-is the same: files, masks, split, band order, weights and settings; else it makes another one.
+One JSON in --out for each band and seed, and at the end a table beside random weights. A rerun
+skips a result only where all that determines it is the same: files, masks, split, band order,
+weights and settings; else it makes another one.
 The encoder's last two stages are dilated (output stride 8); it sees each training tile once, its
 feature maps are kept, and it is proved unchanged at the end. Masks are cut in whole pixels, never
 resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLab's polynomial decay.
