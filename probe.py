@@ -145,6 +145,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             raise SystemExit(0)
     args.weights = find_any_weights(args.weights)
     if args.export:
+        if args.weights.name not in OTHERS.values() or args.weights.tensors:
+            fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
         return args
     args.root = args.root or Path("data") / args.dataset
     args.size = args.size or SIZES.get(args.dataset, 128)

@@ -460,6 +460,8 @@ def test_an_exported_encoder_is_ours(tmp_path, capsys):
     weights, encoder = loaded("imagenet", tmp_path / "w.pth")
     probe.main(probe.arguments(["--weights", weights.source, "--export", str(tmp_path / "own")]))
     assert str(tmp_path / "own") in capsys.readouterr().out
+    argv = ["--weights", weights.source, "--export", tmp_path / "no" / "folder"]
+    refused(capsys, 1, argv, tmp_path / "no")
     own = probe.find_weights(str(tmp_path / "own"))
     assert (own.name, own.metadata["arch"]) == ("ImageNet supervised", "resnet18")
     x = torch.randn(2, 3, 40, 40)
@@ -1060,6 +1062,7 @@ def test_wrong_use_is_refused_in_one_line(photos, tmp_path, capsys):
     wrong("--embed", tmp_path / "x.npz", words=["--embed"], band="all")
     refused(capsys, 2, ["--dataset", "eurosat-rgb", "--root", photos], "--band")
     refused(capsys, 2, ["--band", "Red"], "--dataset")
+    refused(capsys, 2, ["--weights", "random", "--export", "x"], "--export")
     (tmp_path / "file").write_text("")
     refused(capsys, 2, settings(photos, tmp_path / "file" / "out"), "file/out")
 
