@@ -1,50 +1,48 @@
 """Land cover from a frozen encoder: DeepLabV3's decoder on its feature maps, mIoU for each band.
 
-    python segment.py --dataset dfc2020 --band RE5 --weights runs/x/encoder.safetensors
-    python segment.py --dataset dfc2020 --band all --split official --seeds 3 --maps 6
+    python segment.py --dataset dfc2020 --band RE5    # with the encoder that pretrain.py made
+    python segment.py --dataset dfc2020 --band all --split official --seeds 3 --maps 6 \\
+        --weights runs/x/encoder.safetensors
     python segment.py --dataset csv --root tiles.csv --s1-bands VV,VH --s2-bands B02,B03,B04,B08 \\
         --classes urban,crops,forest,shrub,wetland,water --band NIR --arch resnet18
 
-One JSON in results/ for each band and seed; a rerun skips those that are there, and an interrupted
-run goes on from its last checkpoint. The encoder's last two stages are dilated (output stride 8);
-its feature maps of the training tiles are computed once and cached, and it is proved unchanged at
-the end. Masks are cut and oriented in whole pixels, never resampled. The paper names no optimiser:
-SGD, momentum 0.9, DeepLab's polynomial decay.
+One JSON in --out for each band and seed, and at the end a table beside random weights. A rerun
+skips a result only where all that determines it is the same: files, masks, split, band order,
+weights and settings; else it makes another one.
+The encoder's last two stages are dilated (output stride 8); it sees each training tile once, its
+feature maps are kept, and it is proved unchanged at the end. Masks are cut in whole pixels, never
+resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLab's polynomial decay.
 """
 
 import argparse
 import csv
 import hashlib
 import json
-import math
 import os
 import platform
 import re
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 # ------------------------------------------------------------------------------------- settings
-DFC2020 = (  # of Copernicus-Bench; the contest's own files need a login at ieee-dataport.org
-    "https://hf.co/datasets/wangyi111/Copernicus-Bench/resolve/"
-    "9d252acd3aa0e3da3128e05c6f028647f0e48e5f/l2_dfc2020_s1s2/dfc2020.zip"
+NO_DFC2020 = (  # Copernicus-Bench's copy; the contest's own needs a login at ieee-dataport.org
+    "no DFC2020 there: unpack https://hf.co/datasets/wangyi111/Copernicus-Bench/resolve/"
+    "9d252acd3aa0e3da3128e05c6f028647f0e48e5f/l2_dfc2020_s1s2/dfc2020.zip (md5 "
+    "f10ba017dab6f38b7a6857b169ea924b) and give its folder dfc2020_s1s2 as --root"
 )
-DFC2020_MD5 = "f10ba017dab6f38b7a6857b169ea924b"
 LAND_COVER = (  # DFC2020's labels 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
 DROPPED = (3, 8)  # Savanna and Snow/Ice: not in the 8-class set
 IGNORED = 255  # in masks given to the loss
+UNKNOWN = 254  # while masks are read: an id that nobody has named
 POWER = 0.9  # DeepLab: rate * (1 - step / steps) ** 0.9
 ENCODE_BATCH = 16
-CHECKPOINT_SECONDS = 60.0
 COLOURS = {  # Okabe and Ito's, for colour-blind readers, by how a class name begins
     "forest": "#009E73", "shrub": "#E69F00", "grass": "#F0E442", "wetland": "#56B4E9",
     "crop": "#CC79A7", "urban": "#D55E00", "water": "#0072B2", "barren": "#8C8C8C",
@@ -57,6 +55,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(2, f"{message} (see --help)")
     add = parser.add_argument
     add("--dataset", required=True, choices=["dfc2020", "csv"])
     add("--root", type=Path, help="DFC2020 as the contest or Copernicus-Bench lays it out "
@@ -65,29 +64,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
     add("--s1-bands", default="VV,VH", help="csv: bands of the s1 files in order (VV,VH)")
     add("--s2-bands", help="csv: bands of the s2 files in order")
-    add("--weights", default="random", help="encoder.safetensors of pretrain.py; random; scratch "
-        "(encoder trained too); imagenet, imagenet-v2, coco; imagenet:, byol-imagenet:, seco:, "
-        "coco:FILE. Of coco the encoder is taken; the decoder is trained anew as for all")
-    add("--arch", choices=ARCHS, default="resnet50", help="of random, scratch and imagenet")
+    add("--weights", help="encoder.safetensors of pretrain.py or of probe.py --export; random; "
+        f"scratch (encoder trained too). Default: {OWN_WEIGHTS} where it is, else random")
+    add("--arch", choices=ARCHS, default="resnet50", help="of random and scratch")
     add("--split", choices=["random", "official"], help="random: --num-images drawn by seed to "
         "train, the rest to test (default); official: test on ROIs0000_test, dfc-test-new.csv "
-        "or the csv's test rows, train on others")
+        "or the csv's test rows (default where it has any), train on all others")
     add("--num-images", type=int, metavar="N", help="training tiles, drawn by seed (dfc2020: 900, "
         "paper; csv: all, with --split random 80 %%)")
     add("--classes", help="dfc2020: 8 (default; without Savanna, Snow/Ice) or 10; csv: names, for "
         "the mask's ids in order, ignored ones left out")
-    add("--ignore", default="0", help="csv: ids in masks that do not count (0)")
-    add("--size", type=int, metavar="PX", help="square cut from each tile's middle (from anywhere "
-        "with --augment, in training); default: the whole tile")
+    add("--ignore", default="0", metavar="IDS", help="csv: ids in masks that do not count, as "
+        "--ignore=-1,255 (0)")
+    add("--size", type=int, metavar="PX", help="square cut from each tile's middle; default: the "
+        "whole tile")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training tiles (default) or as the encoder was pre-trained with")
     add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
         "as pre-trained (default), or of the unlabelled training tiles; frozen after that")
-    add("--augment", action="store_true", help="turn and mirror (and with --size, shift) training "
-        "tiles in every epoch: no cache then")
-    add("--no-cache", action="store_true", help="run the encoder in every epoch")
-    add("--cache-gb", type=float, default=4, help="features up to this stay in memory, else in a "
-        "temporary file in --out (4)")
     add("--epochs", type=int, default=100, help="(100, paper)")
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=0.03, help="learning rate at the start (0.03; on "
@@ -96,6 +90,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "random weights (1)")
     add("--maps", type=int, default=0, metavar="K", help="draw K test tiles: image, truth, "
         "prediction (PNG)")
+    add("--device", default="auto", help="auto (default): cuda where there is one; cpu; cuda:N")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
     # fmt: on
@@ -111,23 +106,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         fail(2, "--weights scratch trains the encoder: --bn and --stats do not apply")
     if args.dataset == "dfc2020" and args.classes not in (None, "8", "10"):
         fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
-    if args.dataset == "csv" and not (args.classes and args.s2_bands):
-        fail(2, "--dataset csv needs --classes NAMES and --s2-bands BANDS, as B02,B03,B04,B08")
-    if not re.fullmatch(r"\d+(,\d+)*", args.ignore):
-        fail(2, f"--ignore {args.ignore}: give whole numbers, as 0,255")
+    if args.dataset == "csv":
+        if not (args.classes and args.s2_bands):
+            fail(2, "--dataset csv needs --classes NAMES and --s2-bands BANDS, as B02,B03,B04,B08")
+        names = [name.strip() for name in args.classes.split(",")]
+        if not all(names) or not 1 < len({*names}) == len(names) < UNKNOWN:
+            fail(2, f"--classes {args.classes}: give two or more different names, as crops,forest")
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
+        fail(2, f"--ignore {args.ignore}: give whole numbers, as --ignore=-1,255")
+    if args.dataset == "dfc2020" and not args.root.is_dir():
+        fail(2, f"{args.root}: {NO_DFC2020}")
     args.weights = find_weights(args.weights)
-    if not args.root.exists():
-        fail(2, missing_data(args.dataset, args.root))
-    writable_folder(args.out)
+    open_folder(args.out)
     return args
-
-
-def missing_data(dataset: str, root: Path) -> str:
-    """Two lines: what is not there, and how to get it."""
-    if dataset == "csv":
-        return f"{root}: no such file\n  it has the columns s1,s2,mask and, if it likes, split"
-    where = f"unpack {DFC2020} (md5 {DFC2020_MD5})"
-    return f"{root}: no DFC2020 there\n  {where} and give its folder dfc2020_s1s2 as --root"
 
 
 # >>> shared: bands
@@ -167,16 +158,46 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     finally:
         beside.unlink(missing_ok=True)
 
 
 # <<< shared: files
+
+
+# >>> shared: table
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
+    if not path.is_file():
+        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(1, f"{path}: not a readable UTF-8 text ({error})")
+    header: list[str] = []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = next(csv.reader([line], strict=True), [])
+        except csv.Error as error:
+            fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
+        if not header:
+            header = [value.strip() for value in values]
+            for column in columns:
+                if header.count(column) != 1:
+                    other = next((mark for mark in ";\t" if mark in line), "")
+                    why = f" (separator {other!r}?)" if other else ""
+                    fail(1, f"{path} line 1: no column {column}{why}: {line[:80]!r}")
+        elif values:
+            if len(values) != len(header):
+                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+            rows.append(dict(zip(header, values, strict=True)) | {"line": str(number)})
+    if not rows:
+        fail(1, f"{path}: no row under the header {','.join(header)}")
+    return rows
+
+
+# <<< shared: table
 
 
 # >>> shared: results
@@ -185,6 +206,23 @@ TRIPLES = {
     "RE": ["RE5", "RE6", "RE7"],
     "SAR": ["SAR1", "SAR2", "SAR1"],
 }
+# Results whose settings are equal in these may stand in one table.
+COMPARED = "files images classes ignored train_images head size arch bn stats epochs".split()
+
+
+def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
+    """(file, 0-based band in it) by the paper's names, from a file's band names in order.
+
+    B01, B09 and B10 (60 m) may be named and are not used.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    for place, name in enumerate(order):
+        if name.strip().upper() not in ("B01", "B09", "B10"):
+            band = band_name(name)
+            if band in places:
+                fail(2, f"band {band} ({BANDS[band]}) stands twice in {','.join(order)}")
+            places[band] = file, place
+    return places
 
 
 def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list[str]]:
@@ -196,34 +234,43 @@ def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list
         if band not in known:
             has = ", ".join(name for name in BANDS if name in known)
             fail(2, f"{dataset} has no band {band} ({BANDS[band]}); it has {has}")
+    if len(bands) not in (1, 3):
+        fail(2, f"{len(bands)} bands ({', '.join(bands)}): give one or three")
     return [bands]
 
 
-def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
-    """(file, 0-based band in it) by the paper's names, from a file's band names in order."""
-    lower = [name.strip().lower() for name in order]
-    return {
-        paper: (file, lower.index(name))
-        for paper, sentinel in BANDS.items()
-        for name in (paper.lower(), sentinel.lower())
-        if name in lower
-    }
-
-
-def writable_folder(folder: Path) -> None:
+def open_folder(folder: Path) -> None:
+    """Make the folder of the results, or refuse it; clear it of what killed runs left half."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(2, f"{folder}: cannot be made ({error.strerror}); choose another folder")
     if not os.access(folder, os.W_OK):
         fail(2, f"{folder}: not writable; choose another folder")
+    for part in folder.glob(".*.[0-9]*.part"):
+        if not Path("/proc", part.name.split(".")[-2]).exists():  # the process that wrote it
+            part.unlink(missing_ok=True)
 
 
-def result_stem(parts: list[str], settings: dict[str, Any], seed: int) -> str:
-    """A file name that no run with other settings has."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+def digest_files(files: Iterable[str]) -> str:
+    """sha256 over names, sizes and times of change: another archive, or other pixels, differs."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = os.stat(file)
+        digest.update(os.fsencode(os.path.abspath(file)))
+        digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 over anything that JSON can hold: equal if and only if all in it is equal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
+    """A file for this result and no other: `identity` is the digest of all that determines it."""
     readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
-    return f"{readable}-{digest}-seed{seed}"
+    return out / f"{readable}-{identity[:12]}-seed{seed}.json"
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -233,6 +280,64 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
         write_atomic(path, lambda beside: beside.write_text(text) and None)
+        print(f"wrote {path}", flush=True)
+
+
+def print_table(out: Path, paths: list[Path], metric: str) -> None:
+    """The metric of this run's results by band, beside random's and the floor's in `out`.
+
+    Mean over seeds and half the width of the 95 % interval (Student's t) where there are several.
+    """
+    from scipy.special import stdtrit  # Student's quantile; here, as it takes a second to import
+
+    first = json.loads(paths[0].read_text())
+    found: dict[str, dict[str, dict[int, float]]] = {}  # name: band: seed
+    for path in [*paths, *sorted(out.glob("*.json"))]:
+        try:
+            result = json.loads(path.read_text())
+            name, settings = result["weights"]["name"], result["config"]
+            if path not in paths:
+                if name not in ("Random init", "stats") or name == first["weights"]["name"]:
+                    continue
+                if any(
+                    result[key] != first[key] for key in ("stage", "dataset", "split", "subset")
+                ):
+                    continue
+                both = [(settings.get(key), first["config"].get(key)) for key in COMPARED]
+                if any(None not in pair and pair[0] != pair[1] for pair in both):
+                    continue
+            seeds = found.setdefault(name, {}).setdefault("+".join(result["bands"]), {})
+            seeds[result["seed"]] = result["metrics"][metric]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no result of this script
+    print(f"\n{metric}, mean over seeds ± half the 95 % interval")
+    print("".join(f"{title:22}" for title in ("band", *found)).rstrip())
+    for band in found[first["weights"]["name"]]:
+        cells = [band]
+        for bands in found.values():
+            values = np.array([*bands.get(band, {}).values()])
+            cells.append(f"{values.mean():.3f}" if len(values) else "-")
+            if len(values) > 1:
+                half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
+                cells[-1] += f" ± {half:.3f}"
+        print("".join(f"{cell:22}" for cell in cells).rstrip(), flush=True)
+
+
+class Progress:
+    """Says how far a part of the work is: in place on a terminal, once a minute in a log file."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.terminal, self.said = what, sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, done: int, count: int, note: str = "") -> None:
+        if time.monotonic() - self.said < (0.1 if self.terminal else 60) and done < count:
+            return
+        self.said = time.monotonic()
+        if self.terminal:
+            line = f"  {self.what}: {done} of {count}{note}" if done < count else ""
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        elif done < count:
+            print(f"  {self.what}: {done} of {count}{note}", flush=True)
 
 
 # <<< shared: results
@@ -240,62 +345,68 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 # >>> shared: weights
 ARCHS = ("resnet18", "resnet34", "resnet50")
-WEIGHTS = {  # what --weights takes beside our own files: the name in the paper's tables
-    "random": "Random init",
-    "scratch": "Scratch supervised",
-    "imagenet": "ImageNet supervised",
-    "imagenet-v2": "ImageNet supervised V2",
-    "byol-imagenet": "BYOL ImageNet",
-    "seco": "SeCo",
-    "coco": "MS-COCO DeepLabV3",
-}
+OWN_WEIGHTS = Path("runs/rs-byol-1/encoder.safetensors")  # of `pretrain.py --mode single`
+NEW_WEIGHTS = {"random": "Random init", "scratch": "Scratch supervised"}
 
 
 class Weights(NamedTuple):
-    kind: str  # a key of WEIGHTS, or "ours"
-    file: Path | None
     name: str  # as in the paper's tables
-    sha256: str | None  # of the file
-    metadata: dict[str, Any]  # of our own files, else empty
+    source: str  # the file; or what was typed
+    sha256: str | None  # of the file; None: new weights, drawn from the seed
+    metadata: dict[str, Any]  # pretrain.py's: arch, mode, epoch, ...; bands, mean, std as lists
+    tensors: dict[str, Any]  # by torchvision's names
 
 
-def find_weights(text: str) -> Weights:
-    """What --weights names, its file checked; no tensor is loaded and torch is not needed yet."""
-    kind, _, name = text.partition(":")
-    if text in WEIGHTS and text not in ("byol-imagenet", "seco"):
-        return Weights(text, None, WEIGHTS[text], None, {})
-    if kind not in ("imagenet", "byol-imagenet", "seco", "coco"):
-        kind, name = "ours", text
-    file = Path(name)
-    if not file.is_file():
-        known = "an encoder.safetensors, random, scratch, imagenet, imagenet-v2, coco"
-        fail(2, f"--weights {text}: no file {name!r}; use {known}, "
-                "imagenet:FILE, byol-imagenet:FILE, seco:FILE or coco:FILE")  # fmt: skip
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if kind != "ours":
-        return Weights(kind, file, WEIGHTS[kind], digest, {})
+def find_weights(text: str | None) -> Weights:
+    """What --weights names, read and checked; torch is not needed yet."""
+    if text is None:
+        text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
+    if text in NEW_WEIGHTS:
+        return Weights(NEW_WEIGHTS[text], text, None, {}, {})
+    digest = hashlib.sha256(weights_file(Path(text), f"--weights {text}")).hexdigest()
+    others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
     import safetensors
 
     try:
-        with safetensors.safe_open(file, framework="np") as opened:
+        with safetensors.safe_open(text, framework="np") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
-        for key in ("bands", "mean", "std"):
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        for key in {"bands", "mean", "std"} & metadata.keys():
             metadata[key] = json.loads(metadata[key])
-        return Weights(kind, file, metadata["name"], digest, metadata | {"mode": metadata["mode"]})
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        what = f"metadata lacks {error}" if isinstance(error, KeyError) else str(error)
-        fail(1, f"{file}: not an encoder of pretrain.py ({what}); others' weights are given as "
-                f"imagenet:{file}, byol-imagenet:, seco: or coco:FILE")  # fmt: skip
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        fail(1, f"{text}: no whole safetensors file ({error}); {others}")
+    if not metadata.get("name") or metadata.get("arch") not in ARCHS:
+        fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
+    return Weights(metadata["name"], text, digest, metadata, tensors)
+
+
+def weights_file(file: Path, asked: str) -> bytes:
+    """The bytes of a file that may hold weights; what it is instead, where its start says so."""
+    if not file.is_file():
+        fail(2, f"{asked}: no file {file}; see --help for what --weights takes")
+    data = file.read_bytes()
+    start = data[:64].lstrip().lower()
+    if not start:
+        fail(1, f"{file}: is empty: fetch it again")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        fail(1, f"{file}: is no weights file but a web page: fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        fail(1, f"{file}: is no weights file but a git-lfs pointer: run git lfs pull")
+    return data
 
 
 def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
     """Refuse bands that the weights cannot take; return those that the encoder never saw."""
-    if len(bands) not in (1, 3):
-        fail(2, f"{len(bands)} bands ({', '.join(bands)}): give one or three")
-    if len(bands) == 3 and weights.metadata.get("mode") == "single":
-        fail(2, f"{weights.file}: a one-channel encoder cannot take {', '.join(bands)}: give one")
+    if "conv1.weight" in weights.tensors:
+        channels = weights.tensors["conv1.weight"].shape[1]
+        if channels != len(bands) and (channels, len(bands)) != (3, 1):  # one is copied into three
+            named = f"{len(bands)} band{'s' * (len(bands) > 1)} ({', '.join(bands)})"
+            fail(2, f"{weights.source}: a {channels}-channel encoder, {named}: they must match")
     unseen = [band for band in bands if band not in weights.metadata.get("bands", bands)]
-    if stats == "encoder" and (unseen or not weights.metadata):
+    if stats == "encoder" and (unseen or "mean" not in weights.metadata):
         what = f"saw no {unseen[0]}" if unseen else "carries no statistics"
         fail(2, f"--stats encoder: {weights.name} {what}; use --stats train")
     return unseen
@@ -315,243 +426,22 @@ try:
     import bandcrop
 except ImportError:
     fail(2, "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-# ----------------------------------------------------------------------------------------- data
-class Tiles(NamedTuple):
-    names: list[str]  # unique
-    files: list[tuple[str, str]]  # S2, S1
-    masks: list[str]
-    shapes: list[tuple[int, int]]  # of the masks: height, width
-    part: list[str] | None  # train, val or test, where the archive says so
-    bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
-    classes: dict[int, str]  # by id in the masks
-    ignored: list[int]  # ids
-    synthetic: bool
-
-
-class Setup(NamedTuple):
-    """How tiles reach the encoder."""
-
-    bands: list[str]
-    mean: list[float]
-    std: list[float]
-
-
-class Cut(NamedTuple):
-    """Where a tile is cut and how it is turned."""
-
-    window: tuple[int, int, int, int]  # top, left, height, width in mask pixels
-    orient: int  # +4 transposes first, then +2 flips up-down, +1 flips left-right
-
-
-def list_tiles(args: argparse.Namespace) -> Tiles:
-    """Every labelled tile below --root, in an order that does not depend on the disk."""
-    root: Path = args.root
-    synthetic = (root if root.is_dir() else root.parent).joinpath("SYNTHETIC.txt").exists()
-    ignored, part = [0], None
-    if args.dataset == "csv":
-        names, files, part = list_csv(root)
-        masks = [str(root.parent / name) for name in names]
-        s2, s1 = args.s2_bands.split(","), args.s1_bands.split(",")
-        ignored = [int(number) for number in args.ignore.split(",")]
-        labels = args.classes.split(",")
-        ids = [i for i in range(len(labels) + len(ignored)) if i not in ignored]
-        classes = dict(zip(ids, labels, strict=False))
-    else:
-        masks, part = list_dfc2020(root)
-        names = [Path(mask).stem for mask in masks]
-        files = [(beside(mask, "s2"), beside(mask, "s1")) for mask in masks]
-        s2, s1 = SEN12MS_S2, SEN12MS_S1
-        classes = {i: name for i, name in enumerate(LAND_COVER, start=1)}
-        if args.classes != "10":
-            ignored += DROPPED
-            classes = {i: name for i, name in classes.items() if i not in DROPPED}
-    for path in (path for pair in files for path in pair):
-        if not os.path.isfile(path):
-            fail(1, f"{path} is missing beside its mask; complete the archive")
-    infos = [bandcrop.info(mask) for mask in masks]
-    shapes = [(info.height, info.width) for info in infos]
-    bands = band_places(s2) | band_places(s1, file=1)
-    return Tiles(names, files, masks, shapes, part, bands, classes, ignored, synthetic)
-
-
-def beside(mask: str, kind: str) -> str:
-    """The s1 or s2 tile of a DFC2020 mask, in either layout."""
-    path = Path(mask)
-    folder = path.parent.name.replace("dfc", kind)
-    return str(path.parents[1] / folder / path.name.replace("_dfc_", f"_{kind}_"))
-
-
-def list_dfc2020(root: Path) -> tuple[list[str], list[str]]:
-    """Masks and their parts. The contest's ROIs0000_validation counts as the training part."""
-    masks, part = [], []
-    for base in (root, root / "dfc2020_s1s2"):
-        for name in ("train", "val", "test"):
-            table = base / f"dfc-{name}-new.csv"  # a file name in each line
-            found = table.read_text().split() if table.is_file() else []
-            masks += [str(base / "dfc" / file) for file in found]
-            part += [name] * len(found)
-    for name, folder in (("train", "ROIs0000_validation"), ("test", "ROIs0000_test")):
-        found = sorted(str(path) for path in (root / folder).glob("dfc_*/*_dfc_*.tif"))
-        masks += found
-        part += [name] * len(found)
-    if not masks:
-        fail(2, missing_data("dfc2020", root))
-    return masks, part
-
-
-def list_csv(path: Path) -> tuple[list[str], list[tuple[str, str]], list[str] | None]:
-    """Masks, (S2, S1) and parts of a table with the columns s1,s2,mask and, if it likes, split."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(2, f"--root {path}: not a readable CSV file: {error}")
-    for column in ("s1", "s2", "mask"):
-        if not rows or rows[0].get(column) is None:
-            fail(1, f"{path}: no column {column!r} with rows; it needs s1,s2,mask[,split]")
-    files = [(str(path.parent / row["s2"]), str(path.parent / row["s1"])) for row in rows]
-    part = [row["split"] for row in rows] if "split" in rows[0] else None
-    for line, name in enumerate(part or [], start=2):
-        if name not in ("train", "val", "test"):
-            fail(1, f"{path} line {line}: split {name!r} is not train, val or test")
-    return [row["mask"] for row in rows], files, part
-
-
-def split_tiles(
-    tiles: Tiles, args: argparse.Namespace, seed: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Places of the training and test tiles, and whether there were fewer than --num-images."""
-    rng = np.random.default_rng(seed)
-    count = len(tiles.names)
-    wanted = args.num_images or (900 if args.dataset == "dfc2020" else None)  # paper: 900
-    if args.split == "random":
-        take = round(0.8 * count)
-        fewer = wanted is not None and wanted >= count
-        order = rng.permutation(count)
-        take = take if wanted is None or fewer else wanted
-        train, test = np.sort(order[:take]), np.sort(order[take:])
-    else:
-        if tiles.part is None:
-            fail(2, f"--split official: {args.root} has no column split; use --split random")
-        part = np.array(tiles.part)
-        pool, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
-        fewer = wanted is not None and wanted > len(pool)
-        train = np.sort(rng.permutation(pool)[:wanted])
-    if len(train) < 2 or not len(test):
-        counts = f"{len(train)} tiles to train, {len(test)} to test"
-        fail(1, f"{args.root}, --split {args.split}: too few: {counts}")
-    return train, test, fewer
-
-
-def cut_tiles(
-    tiles: Tiles, rows: np.ndarray, size: int | None, rng: np.random.Generator | None
-) -> list[Cut]:
-    """The middle of each tile as it is; with `rng`, a place and one of eight orientations drawn."""
-    cuts = []
-    for row in rows:
-        height, width = tiles.shapes[row]
-        side = size or height
-        if side > min(height, width) or (size is None and (height, width) != tiles.shapes[rows[0]]):
-            fail(1, f"{tiles.masks[row]} is {height} x {width}: give --size, {min(height, width)} "
-                    "or less, for tiles that differ or are not square")  # fmt: skip
-        top, left, orient = (height - side) // 2, (width - side) // 2, 0
-        if rng is not None:
-            top = int(rng.integers(height - side + 1))
-            left = int(rng.integers(width - side + 1))
-            orient = int(rng.integers(8))
-        cuts.append(Cut((top, left, side, side), orient))
-    return cuts
-
-
-def read_tiles(
-    tiles: Tiles, rows: np.ndarray, cuts: list[Cut], setup: Setup, reader: Any
-) -> tuple[np.ndarray, int]:
-    """Standardised float32 [N, C, H, W] on the masks' grid, and how many samples were no number."""
-    where = [tiles.bands[band] for band in setup.bands]
-    paths: Any = [[tiles.files[row][file] for file, _ in where] for row in rows]
-    if len({file for file, _ in where}) == 1:  # one read serves all bands
-        paths = [each[0] for each in paths]
-    shapes = np.array([tiles.shapes[row] for row in rows], float)  # [N, 2]
-    windows = np.array([cut.window for cut in cuts]) / np.tile(shapes, 2)  # fractions
-    index, mean, std = (
-        np.tile(v, (len(rows), 1)) for v in ([b for _, b in where], setup.mean, setup.std)
-    )
-    out = np.empty((len(rows), len(where), *cuts[0].window[2:]), np.float32)
-    orient = np.array([cut.orient for cut in cuts], np.uint8)
-    norm = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
-    return out, int(reader.fill(out, paths, index, windows, orient, **norm).replaced.sum())
-
-
-def read_masks(tiles: Tiles, rows: np.ndarray, cuts: list[Cut]) -> np.ndarray:
-    """Class numbers int64 [N, H, W], IGNORED where a pixel does not count; cut in whole pixels."""
-    table = np.full(256, -1)
-    table[tiles.ignored] = IGNORED
-    table[list(tiles.classes)] = np.arange(len(tiles.classes))
-    masks = []
-    for row, (window, orient) in zip(rows, cuts, strict=True):
-        mask = bandcrop.read(tiles.masks[row], bands=[0], window=window)[0]
-        known = table[np.clip(mask, 0, 255).astype(np.int64)]
-        if mask.min() < 0 or mask.max() > 255 or known.min() < 0:
-            strange = sorted(set(np.unique(mask).tolist()) - {*tiles.classes, *tiles.ignored})
-            fail(1, f"{tiles.masks[row]}: id {strange[0]} is no class; name it in --classes or "
-                    "list it in --ignore")  # fmt: skip
-        known = known.T if orient & 4 else known
-        known = known[::-1] if orient & 2 else known
-        masks.append(known[:, ::-1] if orient & 1 else known)
-    return np.stack(masks)
-
-
-def band_statistics(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> Any:
-    """Mean and standard deviation of each band over every valid sample of the tiles, [C] each."""
-    where = [tiles.bands[band] for band in bands]
-    count, total, squares = np.zeros((3, len(bands)))
-    nodata = [bandcrop.info(tiles.files[rows[0]][file]).nodata for file, _ in where]
-    for row in rows:
-        for c, (file, band) in enumerate(where):
-            pixels = bandcrop.read(tiles.files[row][file], bands=[band])
-            good = pixels[np.isfinite(pixels) & (pixels != nodata[c])].astype(np.float64)
-            count[c] += good.size
-            total[c] += good.sum()
-            squares[c] += np.square(good).sum()
-    mean = total / np.maximum(count, 1)
-    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
-    if (std == 0).any():
-        band = bands[int(np.argmin(std))]
-        fail(1, f"band {band} is constant over the {len(rows)} training tiles: nothing to learn")
-    return mean.tolist(), std.tolist()
-
-
-def read_ahead(
-    tiles: Tiles, rows: np.ndarray, cuts: list[Cut], setup: Setup, batch: int, spent: dict[str, Any]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images [n, C, H, W] and masks [n, H, W], the next batch read while one is worked on."""
-    reader = bandcrop.Reader()
-
-    def read(part: np.ndarray) -> Any:
-        start = time.perf_counter()
-        chosen = [cuts[place] for place in part]
-        images = read_tiles(tiles, rows[part], chosen, setup, reader)
-        masks = read_masks(tiles, rows[part], chosen)
-        spent["read"] += time.perf_counter() - start
-        return *images, masks
-
-    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // batch))  # never one left over
-    with ThreadPoolExecutor(1) as ahead:
-        pending = ahead.submit(read, parts[0])
-        for following in [*parts[1:], None]:
-            images, replaced, masks = pending.result()
-            if following is not None:
-                pending = ahead.submit(read, following)
-            spent["replaced"] += replaced
-            moved = torch.from_numpy(images).to(DEVICE)
-            yield moved.contiguous(memory_format=torch.channels_last), torch.from_numpy(masks)
 
 
 # -------------------------------------------------------------------------------------- encoder
 # >>> shared: encoder
+def find_device(text: str) -> torch.device:
+    """What --device names; auto: cuda where there is one, else cpu."""
+    name = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fail(2, f"--device {text}: use auto, cpu, cuda or cuda:N")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(2, f"--device {text} cannot be used: {str(error).splitlines()[0]}")
+    return torch.device(name)
+
+
 def build_encoder(arch: str, channels: int) -> nn.Module:
     """torchvision's ResNet with random weights and no last layer: [N, channels, H, W] -> [N, D]."""
     encoder = getattr(torchvision.models, arch)()
@@ -563,84 +453,19 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
     return encoder.eval()
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
-    """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
+def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Module:
+    """The encoder in eval mode, frozen, on the CPU; new weights are drawn from `seed`."""
+    torch.manual_seed(seed)
+    if not weights.tensors:
+        return build_encoder(arch, bands).requires_grad_(False)
+    tensors = {name: torch.as_tensor(value) for name, value in weights.tensors.items()}
     try:
-        if file.suffix == ".safetensors":
-            import safetensors.torch
-
-            return safetensors.torch.load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file raises
-        if "weights_only" not in str(error).lower():
-            fail(1, f"{file}: no tensors could be read: {str(error).splitlines()[0]}")
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        fail(1, f"{file}: holds {named[1] if named else 'objects'} beside its tensors; nothing was "
-                "executed. If you trust it, keep the tensors only: torch.save(torch.load(FILE, "
-                "weights_only=False)['state_dict'], NEWFILE)")  # fmt: skip
-
-
-def download_tensors(kind: str, arch: str) -> dict[str, torch.Tensor]:
-    """torchvision's published weights, from torch hub's cache or the network, hash checked."""
-    name = f"{arch.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V{2 if kind[-1] == '2' else 1}"
-    if kind == "coco":
-        name = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
-    try:
-        published = torchvision.models.get_weight(name)
-        return dict(published.get_state_dict(progress=False, check_hash=True))
-    except ValueError:
-        fail(2, f"--weights {kind}: torchvision has no {name}; use --arch resnet50")
-    except (OSError, RuntimeError) as error:
-        fail(1, f"--weights {kind}: {published.url} did not arrive ({error}); fetch it elsewhere "
-                f"and give {kind.removesuffix('-v2')}:FILE")  # fmt: skip
-
-
-def encoder_tensors(weights: Weights, arch: str) -> dict[str, Any]:
-    """The encoder's tensors by torchvision's names, out of any layout that --weights knows."""
-    found = read_tensors(weights.file) if weights.file else download_tensors(weights.kind, arch)
-    if weights.kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
-        stages = ("conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4")
-        prefixes = {f"encoder_q.{i}.": f"{name}." for i, name in enumerate(stages) if name}
-    elif weights.kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
-        values = list(found.get("online_backbone", {}).values())
-        names = list(build_encoder("resnet50", 3).state_dict())
-        return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
-    else:
-        prefixes = {"backbone." if weights.kind == "coco" else "": ""}
-    return {
-        new + key.removeprefix(old): value
-        for key, value in found.get("state_dict", found).items()
-        for old, new in prefixes.items()
-        if key.startswith(old) and not key.startswith("fc.")
-    }
-
-
-def load_encoder(weights: Weights, arch: str, bands: int, seed: int = 0) -> tuple[nn.Module, str]:
-    """The encoder in eval mode, frozen unless it is `scratch`, and its architecture."""
-    if weights.kind in ("random", "scratch"):
-        torch.manual_seed(seed)
-        return build_encoder(arch, bands).requires_grad_(weights.kind == "scratch"), arch
-    tensors = encoder_tensors(weights, arch)
-    # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
-    count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
-    arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
-    try:
-        if not arch:
-            raise RuntimeError(f"{count} tensors fit it; a ResNet has 100, 180 or 265")
-        encoder = build_encoder(arch, tensors["conv1.weight"].shape[1])
+        encoder = build_encoder(weights.metadata["arch"], tensors["conv1.weight"].shape[1])
         encoder.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
-        held = list(read_tensors(weights.file) if weights.file else tensors)
-        fail(1, f"{weights.file or weights.kind}: not the layout of {weights.kind!r}: {told}; it "
-                f"holds {len(held)} entries: {', '.join(held[:3])} ...")  # fmt: skip
-    for key, value in tensors.items():
-        if not value.isfinite().all():
-            fail(1, f"{weights.file or weights.kind}: {key} holds NaN or infinity: it was saved "
-                    "from a run that diverged; use an earlier one")  # fmt: skip
-    if encoder.conv1.in_channels < bands:
-        fail(2, f"{weights.file}: a one-channel encoder cannot take {bands} bands: give one")
-    return encoder.requires_grad_(False), arch
+        fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
+    return encoder.requires_grad_(False)
 
 
 def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -648,9 +473,9 @@ def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return batch.expand(-1, encoder.conv1.in_channels, -1, -1)
 
 
-def autocast() -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
     """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=native_bf16(DEVICE))
+    return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
 
 
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
@@ -660,9 +485,10 @@ def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) ->
             module.reset_running_stats()
             module.momentum = None  # cumulative mean
             module.train()
-    with torch.no_grad(), autocast():
+    with torch.no_grad():
         for batch in batches:
-            encoder(for_encoder(encoder, batch))
+            with autocast(batch.device):
+                encoder(for_encoder(encoder, batch))
     encoder.eval()
 
 
@@ -702,130 +528,331 @@ def dilate(encoder: nn.Module) -> nn.Module:
 
 def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """[N, 1 or 3, H, W] -> [N, D, H / 8, W / 8]."""
-    x = for_encoder(encoder, images)
+    x = for_encoder(encoder, images).contiguous(memory_format=torch.channels_last)
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x))))
     return encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x))))
 
 
-def cache_features(
-    encoder: nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int,
-    gigabytes: float, folder: Path,
-) -> tuple[np.ndarray, torch.Tensor]:  # fmt: skip
-    """Feature maps float32 [count, D, h, w], in memory or a temporary file; masks [count, H, W]."""
-    features, masks, done = None, [], 0
-    for images, truth in batches:
-        with torch.no_grad(), autocast():
-            maps = feature_maps(encoder, images).float().cpu().contiguous().numpy()
-        if features is None:
-            shape = (count, *maps.shape[1:])
-            size = 4 * int(np.prod(shape))
-            if size <= gigabytes * 2**30:
-                features = np.empty(shape, np.float32)
-            else:
-                if size > shutil.disk_usage(folder).free:
-                    fail(1, f"{folder}: the feature cache needs {size / 2**30:.1f} GB there; free "
-                            "some, choose another --out or use --no-cache")  # fmt: skip
-                with tempfile.TemporaryFile(dir=folder) as file:  # gone when it is let go
-                    features = np.memmap(file, np.float32, "w+", shape=shape)
-        features[done : done + len(maps)] = maps
-        done += len(maps)
-        masks.append(truth)
-    return features, torch.cat(masks)
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+
+
+def keep_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+    """Feature maps [N, D, H / 8, W / 8] of the images, on their device, in bf16 where it is native.
+
+    None where they would take more than half of the free memory: the encoder then runs in every
+    epoch. A GPU does that as fast as it could fetch them from the host: a ResNet-50 takes 54 GFLOP
+    for a tile of 256 px, 0.2 ms at 300 TFLOP/s, and so do its 4 MB by PCIe at 25 GB/s.
+    """
+    with torch.no_grad(), autocast(images.device):
+        one = feature_maps(encoder, images[:1])
+        if one.nbytes * len(images) > free_memory(images.device) / 2:
+            return None
+        kept = one.new_empty((len(images), *one.shape[1:]))
+        progress = Progress("tiles encoded")
+        for at in range(0, len(images), ENCODE_BATCH):
+            part = slice(at, at + ENCODE_BATCH)
+            kept[part] = feature_maps(encoder, images[part])
+            progress(min(part.stop, len(images)), len(images))
+    return kept
 
 
 # ------------------------------------------------------------------------------------- decoder
-def train_decoder(
-    model: nn.ModuleDict, batches_of: Callable, args: argparse.Namespace, seed: int, kept: Path
-) -> list[float]:
-    """Train model["decoder"] (and the encoder where it is not frozen); the mean loss of each epoch.
-
-    batches_of(rng) yields feature maps [n, D, h, w] and masks [n, H, W] of one epoch. Each epoch
-    draws from (seed, epoch) alone, so that one resumed from the checkpoint `kept` ends the same.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    losses: list[float] = []
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        optimiser.load_state_dict(state["optimiser"])
-        losses = state["losses"]
-        print(f"{kept.name}: going on after epoch {len(losses)}", file=sys.stderr, flush=True)
-    saved = time.monotonic()
-    for epoch in range(len(losses), args.epochs):
-        rng = np.random.default_rng([seed, epoch])
-        torch.manual_seed(int(rng.integers(2**62)))  # of dropout
-        model["decoder"].train()
-        sums = []
-        for step, (maps, masks, steps) in enumerate(batches_of(rng)):
-            if (masks == IGNORED).all():
-                continue
-            rate = args.lr * (1 - (epoch + step / steps) / args.epochs) ** POWER
-            optimiser.param_groups[0]["lr"] = rate
-            with autocast():
-                scores = predict_scores(model["decoder"], maps, masks.shape[-2:])
-            loss = nn.functional.cross_entropy(scores, masks.to(DEVICE), ignore_index=IGNORED)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            sums.append(loss.item())
-        losses.append(float(np.mean(sums)) if sums else 0.0)
-        if not (math.isfinite(losses[-1]) and all(bool(p.isfinite().all()) for p in trained)):
-            fail(1, f"loss or weights are not finite after epoch {epoch + 1}: lower --lr")
-        if sys.stderr.isatty():
-            end = "\r" if epoch + 1 < args.epochs else "\r\033[K"
-            said = f"  epoch {epoch + 1} of {args.epochs}, loss {losses[-1]:.3f}"
-            print(said, end=end, file=sys.stderr, flush=True)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and epoch + 1 < args.epochs:
-            save_checkpoint(kept, model, optimiser, losses)
-            saved = time.monotonic()
-    model.eval()
-    return losses
-
-
-def save_checkpoint(
-    path: Path, model: nn.ModuleDict, optimiser: torch.optim.Optimizer, losses: list[float]
-) -> None:
-    """What training changes: a frozen encoder is not in it."""
-    scratch = any(p.requires_grad for p in model["encoder"].parameters())
-    state = {k: v for k, v in model.state_dict().items() if scratch or k.startswith("decoder.")}
-    whole = {"model": state, "optimiser": optimiser.state_dict(), "losses": losses}
-    write_atomic(path, lambda beside: torch.save(whole, beside))
-
-
 def predict_scores(decoder: nn.Module, maps: torch.Tensor, size: Any) -> torch.Tensor:
     """Scores float32 [n, classes, H, W], enlarged bilinearly as DeepLabV3 does."""
-    scores = decoder(maps).float()
+    scores = decoder(maps.contiguous(memory_format=torch.channels_last)).float()
     return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
+
+
+def batches(count: int, size: int) -> int:
+    """How many batches to make of `count` >= 2 tiles: BatchNorm needs two or more in each."""
+    return min(-(-count // size), count // 2)
+
+
+def train_epoch(
+    model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, order: torch.Tensor,
+    optimiser: torch.optim.Optimizer, rates: list[float],
+) -> torch.Tensor:  # fmt: skip
+    """One step for each learning rate in `rates`; the mean loss. Nothing in here waits for the GPU.
+
+    x: feature maps, or images of the size of the masks, uint8 [N, H, W]; order: int64 [N].
+    """
+    total = torch.zeros((), device=x.device)
+    for rate, rows in zip(rates, order.tensor_split(len(rates)), strict=True):
+        optimiser.param_groups[0]["lr"] = rate
+        with autocast(x.device):
+            maps = x[rows]
+            if x.shape[-2:] == masks.shape[-2:]:
+                with torch.set_grad_enabled(model["encoder"].training):  # scratch
+                    maps = feature_maps(model["encoder"], maps)
+            scores = predict_scores(model["decoder"], maps, masks.shape[-2:])
+        loss = nn.functional.cross_entropy(scores, masks[rows].long(), ignore_index=IGNORED)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        total += loss.detach()
+    return total / len(rates)
+
+
+def train_decoder(
+    model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, args: argparse.Namespace, seed: int
+) -> list[float]:
+    """Train the decoder, and the encoder where it is not frozen; the mean loss of each epoch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    draw = torch.Generator().manual_seed(seed)
+    steps = batches(len(x), args.batch_size)
+    model["encoder"].train(model["encoder"].conv1.weight.requires_grad)
+    model["decoder"].train()
+    losses: list[float] = []
+    progress = Progress("epochs")
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(x), generator=draw).to(x.device)
+        left = 1 - (epoch + np.arange(steps) / steps) / args.epochs
+        rates = (args.lr * left**POWER).tolist()
+        losses.append(float(train_epoch(model, x, masks, order, optimiser, rates)))
+        progress(epoch + 1, args.epochs, f", loss {losses[-1]:.3f}")
+        if not np.isfinite(losses[-1]):
+            break
+    if not np.isfinite(losses[-1]) or not all(bool(p.isfinite().all()) for p in trained):
+        fail(1, f"loss or weights are not finite after epoch {len(losses)}: lower --lr")
+    model.eval()
+    return losses
 
 
 # ------------------------------------------------------------------------------------- measures
 def count_pixels(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
     """Confusion int64 [classes, classes], rows truth, over the pixels that count."""
     counts = truth != IGNORED
-    flat = truth[counts] * classes + said[counts]
+    flat = truth[counts].astype(np.int64) * classes + said[counts]
     return np.bincount(flat, minlength=classes**2).reshape(classes, classes)
 
 
 def map_metrics(confusion: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """mIoU, AA (mean recall), pixel accuracy, by class, from one confusion matrix of all pixels.
 
-    A class that is in neither truth nor prediction is left out of mIoU; recall needs it in truth.
+    Means are over the classes that the truth holds, as scikit-learn's jaccard_score and
+    recall_score with these as labels: pixels given to another class still are in a union.
     """
     hits, truth, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    union = truth + said - hits
-    iou = {name: float(h / u) for name, h, u in zip(classes, hits, union, strict=True) if u}
-    recall = {name: float(h / t) for name, h, t in zip(classes, hits, truth, strict=True) if t}
+    held = np.flatnonzero(truth)
+    iou = {classes[i]: float(hits[i] / (truth[i] + said[i] - hits[i])) for i in held}
+    recall = {classes[i]: float(hits[i] / truth[i]) for i in held}
     return {
         "miou": float(np.mean(list(iou.values()))),
         "aa": float(np.mean(list(recall.values()))),
         "pixel_accuracy": float(hits.sum() / truth.sum()),
+        "classes": list(iou),
+        "only_predicted": [classes[i] for i in np.flatnonzero((truth == 0) & (said > 0))],
         "iou_per_class": iou,
         "recall_per_class": recall,
         "confusion": confusion.tolist(),
     }
 
 
+# ----------------------------------------------------------------------------------------- data
+class Tiles(NamedTuple):
+    names: list[str]  # of the masks, below --root
+    files: list[tuple[str, str]]  # S2, S1
+    widths: tuple[int, int]  # bands in an S2 and in an S1 file
+    bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
+    masks: np.ndarray  # uint8 [N, S, S]: place in `classes`, IGNORED where a pixel does not count
+    windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
+    classes: list[str]
+    part: list[str] | None  # train, val or test, where the archive says so
+    labelled: np.ndarray  # bool [N]: whether any pixel of the mask counts
+    content: str  # digest of names and masks
+    digest: str  # of all files
+    synthetic: bool
+
+
+def list_tiles(args: argparse.Namespace) -> Tiles:
+    """Every labelled tile below --root, in an order that does not depend on the disk."""
+    folder = args.root if args.dataset == "dfc2020" else args.root.parent
+    if args.dataset == "csv":
+        rows = read_table(args.root, ["s1", "s2", "mask"])
+        orders = args.s2_bands.split(","), args.s1_bands.split(",")
+        ignored = [int(number) for number in args.ignore.split(",")]
+        labels = [name.strip() for name in args.classes.split(",")]
+        ids = [i for i in range(len(labels) + len(ignored)) if i not in ignored]
+        classes = dict(zip(ids, labels, strict=False))
+    else:
+        rows, orders = list_dfc2020(folder), (SEN12MS_S2, SEN12MS_S1)
+        ignored = [0] if args.classes == "10" else [0, *DROPPED]
+        classes = {i: c for i, c in enumerate(LAND_COVER, start=1) if i not in ignored}
+    part = [row["split"] for row in rows] if "split" in rows[0] else None
+    for row, name in zip(rows, part or [], strict=False):
+        if name not in ("train", "val", "test"):
+            fail(1, f"{args.root} line {row['line']}: split {name!r} is not train, val or test")
+    bands = band_places(orders[0]), band_places(orders[1], file=1)
+    if both := [band for band in bands[0] if band in bands[1]]:
+        fail(2, f"band {both[0]} is in --s2-bands and in --s1-bands: name it in one")
+    widths = len(orders[0]), len(orders[1])
+    masks, s2, s1 = ([str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1"))
+    check_files(masks, 1, "a mask has 1")
+    check_files(s2, widths[0], f"--s2-bands names {widths[0]}")
+    check_files(s1, widths[1], f"--s1-bands names {widths[1]}")
+    numbers = {id: number for number, id in enumerate(classes)} | dict.fromkeys(ignored, IGNORED)
+    truth, windows = read_masks(masks, numbers, args.size)
+    names = [row["mask"] for row in rows]
+    return Tiles(
+        names, list(zip(s2, s1, strict=True)), widths, bands[0] | bands[1], truth, windows,
+        list(classes.values()), part, (truth != IGNORED).any((1, 2)),
+        digest_of([names, hashlib.sha256(truth).hexdigest()]), digest_files([*masks, *s2, *s1]),
+        (folder / "SYNTHETIC.txt").exists(),
+    )  # fmt: skip
+
+
+def list_dfc2020(root: Path) -> list[dict[str, str]]:
+    """Rows as of a table s1,s2,mask,split; the contest's ROIs0000_validation is to train on."""
+    masks: list[tuple[str, str]] = []
+    for base in ("", "dfc2020_s1s2/"):
+        for part in ("train", "val", "test"):
+            table = root / base / f"dfc-{part}-new.csv"  # of Copernicus-Bench: a name in each line
+            for name in table.read_text("utf-8", "replace").split() if table.is_file() else []:
+                if not name.endswith(".tif"):
+                    fail(1, f"{table}: {name[:40]!r} is no name of a mask")
+                masks.append((part, f"{base}dfc/{name}"))
+    for part, folder in (("train", "ROIs0000_validation"), ("test", "ROIs0000_test")):
+        found = sorted(root.glob(f"{folder}/dfc_*/*_dfc_*.tif"))
+        masks += [(part, str(mask.relative_to(root))) for mask in found]
+    if not masks:
+        fail(2, f"{root}: {NO_DFC2020}")
+    rows = []
+    for part, mask in masks:
+        twin = re.sub(r"dfc(_\w+)?/(\w+)_dfc_", r"{0}\1/\2_{0}_", mask)
+        rows.append({"mask": mask, "split": part} | {s: twin.format(s) for s in ("s1", "s2")})
+    return rows
+
+
+def check_files(paths: list[str], width: int, named: str) -> None:
+    """Refuse a file that comes twice, or that has another number of bands than `width`."""
+    seen = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            fail(1, f"{path}: comes twice; a tile both trained and tested on proves nothing")
+        seen.add(real)
+        if (has := bandcrop.info(path).bands) != width:
+            fail(1, f"{path}: has {has} bands, {named}")
+
+
+def read_masks(
+    paths: list[str], numbers: dict[int, int], size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of each mask, uint8 [N, S, S], and where that is, float64 [N, 4].
+
+    numbers: by the ids in the files, of any type, the numbers to write for them.
+    """
+    masks, windows = [], []
+    progress = Progress("masks read")
+    for path in paths:
+        ids = bandcrop.read(path)[0]
+        height, width = ids.shape
+        side = size or (len(masks[0]) if masks else height)
+        if side > min(height, width) or (size is None and (height, width) != (side, side)):
+            fail(1, f"{path} is {height} x {width}: give --size, {min(height, width)} or less, "
+                    "for tiles that differ or are not square")  # fmt: skip
+        top, left = (height - side) // 2, (width - side) // 2
+        ids = ids[top : top + side, left : left + side]
+        mask = np.full(ids.shape, UNKNOWN, np.uint8)
+        for number, value in numbers.items():
+            mask[ids == number] = value
+        if (strange := ids[mask == UNKNOWN]).size:
+            fail(1, f"{path}: holds {strange[0]}, which is no class: ids are whole numbers, named "
+                    "in --classes in their order or listed in --ignore")  # fmt: skip
+        masks.append(mask)
+        windows.append((top / height, left / width, side / height, side / width))
+        progress(len(masks), len(paths))
+    return np.stack(masks), np.array(windows)
+
+
+def split_tiles(
+    tiles: Tiles, args: argparse.Namespace, seed: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Places of the training and test tiles, and whether there were fewer than --num-images."""
+    rng = np.random.default_rng(seed)
+    count = len(tiles.names)
+    wanted = args.num_images or (900 if args.dataset == "dfc2020" else None)  # paper: 900
+    if args.split == "random":
+        take = round(0.8 * count)
+        fewer = wanted is not None and wanted >= count
+        order = rng.permutation(count)
+        take = take if wanted is None or fewer else wanted
+        train, test = np.sort(order[:take]), np.sort(order[take:])
+    else:
+        if tiles.part is None:
+            fail(2, f"--split official: {args.root} has no column split; use --split random")
+        part = np.array(tiles.part)
+        pool, test = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
+        fewer = wanted is not None and wanted > len(pool)
+        train = np.sort(rng.permutation(pool)[:wanted])
+    for rows, least, use in ((train, 2, "train"), (test, 1, "test")):
+        if (counts := tiles.labelled[rows].sum()) < least:
+            fail(1, f"{args.root}, --split {args.split}: {len(rows)} tiles to {use}, of which "
+                    f"{counts} have a pixel that counts; {least} are needed")  # fmt: skip
+    truth = tiles.masks[train]
+    held = [name for number, name in enumerate(tiles.classes) if (truth == number).any()]
+    if len(held) == 1:
+        fail(1, f"{args.root}: {held[0]!r} is the only class in the {len(train)} training masks: "
+                "nothing to learn")  # fmt: skip
+    return train, test, fewer
+
+
+def source(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
+    """Where bandcrop finds these bands of these tiles."""
+    where = [tiles.bands[band] for band in bands]
+    return {
+        "paths": [[tiles.files[row][file] for file, _ in where] for row in rows],
+        "bands": [[band for _, band in where]] * len(rows),
+        "bands_in_file": [[tiles.widths[file] for file, _ in where]] * len(rows),
+    }
+
+
+def band_statistics(
+    tiles: Tiles, rows: np.ndarray, bands: list[str], args: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each band over the training tiles, or as --stats says."""
+    if args.stats == "encoder":
+        about = args.weights.metadata
+        where = [about["bands"].index(band) for band in bands]
+        return [about["mean"][i] for i in where], [about["std"][i] for i in where]
+    mean, std = bandcrop.statistics(**source(tiles, rows, bands))
+    if (std == 0).any():
+        band = bands[int(np.argmin(std))]
+        fail(1, f"band {band} is constant over the {len(rows)} training tiles: nothing to learn")
+    return mean.tolist(), std.tolist()
+
+
+def read_images(
+    tiles: Tiles, rows: np.ndarray, bands: list[str], norm: tuple[list[float], list[float]],
+    device: torch.device, spent: dict[str, float],
+) -> Iterator[tuple[slice, torch.Tensor]]:  # fmt: skip
+    """Standardised images float32 [n, C, S, S] on the device, with their places in `rows`."""
+    progress = Progress("tiles read")
+    side = tiles.masks.shape[-1]
+
+    def requests() -> Iterator[dict[str, Any]]:
+        for at in range(0, len(rows), ENCODE_BATCH):
+            part = rows[at : at + ENCODE_BATCH]
+            mean, std = (np.tile(np.float32(value), (len(part), 1)) for value in norm)
+            yield source(tiles, part, bands) | {
+                "windows": tiles.windows[part], "mean": mean, "std": std,
+                "extra": slice(at, at + len(part)),
+            }  # fmt: skip
+
+    for batch in bandcrop.stream(requests(), (ENCODE_BATCH, len(bands), side, side), device):
+        spent["read"] += batch.waited
+        spent["replaced"] += int(batch.report.replaced.sum())
+        places = batch.request["extra"]
+        progress(places.stop, len(rows))
+        yield places, batch.x
+
+
+# ---------------------------------------------------------------------------------------- maps
 def colours_of(classes: list[str]) -> list[str]:
     """A colour for each class: its own where its name is known, else the next one that is free."""
     known = [next((c for k, c in COLOURS.items() if name.lower().startswith(k)), "")
@@ -835,160 +862,172 @@ def colours_of(classes: list[str]) -> list[str]:
 
 
 def draw_maps(
-    path: Path, images: np.ndarray, truth: np.ndarray, said: np.ndarray, classes: list[str]
-) -> None:
-    """A sheet of image [K, C, H, W], truth and prediction [K, H, W] side by side, with a legend."""
+    path: Path, shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: list[str],
+    bands: list[str],
+) -> None:  # fmt: skip
+    """A sheet with a row for each tile: its name; image [C, H, W], truth, prediction [H, W]."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours = [*colours_of(classes), "#FFFFFF"]  # the last: pixels that do not count
-    figure = Figure(figsize=(7.5, 2.5 * len(images) + 0.8), layout="constrained")
-    axes = figure.subplots(len(images), 3, squeeze=False)
-    for row, image, true, guess in zip(axes, images, truth, said, strict=True):
+    figure = Figure(figsize=(7.5, 2.5 * len(shown) + 0.8), layout="constrained")
+    axes = figure.subplots(len(shown), 3, squeeze=False)
+    for row, (name, image, truth, said) in zip(axes, shown, strict=True):
         low, high = np.percentile(image, (2, 98), axis=(1, 2), keepdims=True)
-        shown = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
-        row[0].imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=1)
-        for axis, mask in zip(row[1:], (true, guess), strict=True):
-            numbers = np.where(true == IGNORED, len(classes), mask)
-            axis.imshow(numbers, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(classes) + 0.5,
-                        interpolation="nearest")  # fmt: skip
-        for axis in row:
+        pixels = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
+        row[0].imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
+        counts = truth != IGNORED
+        for axis, mask in zip(row[1:], (truth, said), strict=True):
+            axis.imshow(np.where(counts, mask, len(classes)), cmap=ListedColormap(colours),
+                        vmin=-0.5, vmax=len(classes) + 0.5, interpolation="nearest")  # fmt: skip
+        right = f"{(truth == said)[counts].mean():.0%} of its pixels right" if counts.any() else ""
+        for axis, label in zip(row, (name, "", right), strict=True):
             axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+            axis.set_xlabel(label, fontsize=8)
+    titles = f"image ({', '.join(bands)})", "truth", "prediction"
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
-    labels = [*classes, "ignored"]
+    labels = [*classes, "does not count"]
     patches = [Patch(facecolor=c, edgecolor="black", label=n)
                for n, c in zip(labels, colours, strict=True)]  # fmt: skip
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
     write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    print(f"wrote {path}", flush=True)
 
 
 # -------------------------------------------------------------------------------------- one run
-def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> None:
+def evaluate(
+    model: nn.ModuleDict, batches: Iterator[tuple[slice, torch.Tensor]], masks: np.ndarray,
+    names: list[str], classes: int, maps: int,
+) -> tuple[np.ndarray, list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]:  # fmt: skip
+    """Confusion int64 [classes, classes] over masks [N, S, S], and `maps` tiles for draw_maps."""
+    confusion = np.zeros((classes, classes), np.int64)
+    wanted = np.linspace(0, len(names) - 1, min(maps, len(names))).astype(int)
+    shown = []
+    for places, x in batches:
+        with torch.no_grad(), autocast(x.device):
+            features = feature_maps(model["encoder"], x)
+            said = predict_scores(model["decoder"], features, x.shape[-2:]).argmax(1).cpu().numpy()
+        truth = masks[places]
+        confusion += count_pixels(truth, said, classes)
+        for at in wanted[(wanted >= places.start) & (wanted < places.stop)] - places.start:
+            name = names[places.start + at]
+            shown.append((name, x[at].cpu().numpy().copy(), truth[at], said[at]))
+    return confusion, shown
+
+
+def run(
+    args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int, device: torch.device
+) -> Path:
     """One band (or three) and one seed: read, encode, train the decoder, measure, write."""
     weights: Weights = args.weights
     begin, spent = time.perf_counter(), {"read": 0.0, "replaced": 0}
     unseen = check_bands(weights, bands, args.stats)
     train, test, fewer = split_tiles(tiles, args, seed)
-    classes = list(tiles.classes.values())
-    settings = {
-        "size": args.size, "epochs": args.epochs, "batch": args.batch_size, "lr": args.lr,
-        "optimiser": "sgd", "bn": args.bn, "stats": args.stats, "augment": args.augment,
-        "classes": classes, "kind": weights.kind, "arch": "" if weights.file else args.arch,
-        "file": weights.sha256,
-        "images": hashlib.sha256("\n".join(tiles.names).encode()).hexdigest()[:16],
-    }  # fmt: skip
+    classes, side = tiles.classes, tiles.masks.shape[-1]
     scope = {"dataset": args.dataset, "split": args.split, "subset": len(train), "bands": bands}
-    parts = [args.dataset, args.split, str(len(train)), weights.name, "+".join(bands)]
-    stem = result_stem([*parts, f"{len(classes)}classes"], settings | scope, seed)
-    path, png = args.out / f"{stem}.json", args.out / f"{stem}-maps.png"
+    part = tiles.part if args.split == "official" else None
+    settings = {  # with scope, weights and seed all that determines the result
+        "size": side, "epochs": args.epochs, "batch": args.batch_size, "lr": args.lr,
+        "optimiser": "sgd", "bn": args.bn, "stats": args.stats, "classes": classes,
+        "arch": weights.metadata.get("arch", args.arch), "bf16": native_bf16(device),
+        "images": digest_of([tiles.content, part])[:16],
+        "files": tiles.digest, "places": [tiles.bands[band] for band in bands],
+    }  # fmt: skip
+    identity = digest_of([scope, settings, weights.name, weights.sha256])
+    named = [args.dataset, args.split, str(len(train)), weights.name, "+".join(bands)]
+    path = result_path(args.out, [*named, f"{len(classes)}classes"], identity, seed)
+    png = path.with_name(f"{path.stem}-maps.png")
     if path.exists() and (png.exists() or not args.maps):
         print(f"{path}: done before", flush=True)
-        return
-    if fewer:
-        print(f"--num-images: {args.root} has {len(tiles.names)} tiles in all; {len(train)} train, "
-              f"{len(test)} test", file=sys.stderr, flush=True)  # fmt: skip
+        return path
 
-    if args.stats == "encoder":
-        where = [weights.metadata["bands"].index(band) for band in bands]
-        mean, std = ([weights.metadata[key][i] for i in where] for key in ("mean", "std"))
-    else:
-        mean, std = band_statistics(tiles, train, bands)
-    setup = Setup(bands, mean, std)
+    used = train[tiles.labelled[train]]  # the others have nothing to learn from
+    print(f"{'+'.join(bands)}, seed {seed}: {len(train)} tiles to train"
+          + " (fewer than --num-images)" * fewer
+          + f", {len(train) - len(used)} of them without a pixel that counts"
+          * (len(used) < len(train))
+          + f"; {len(test)} to test", flush=True)  # fmt: skip
+    mean, std = norm = band_statistics(tiles, train, bands, args)
     spent["read"] = time.perf_counter() - begin
-    encoder, arch = load_encoder(weights, args.arch, len(bands), seed)
-    encoder = dilate(encoder).to(DEVICE, memory_format=torch.channels_last)
-    middle = cut_tiles(tiles, train, args.size, None)
-    if args.bn == "reestimate":
-        order = np.random.default_rng(seed).permutation(len(train))
-        cuts = [middle[place] for place in order]
-        batches = read_ahead(tiles, train[order], cuts, setup, ENCODE_BATCH, spent)
-        reestimate_batchnorm(encoder, (images for images, _ in batches))
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    scratch = weights.source == "scratch"
+    encoder = dilate(load_encoder(weights, args.arch, len(bands), seed)).requires_grad_(scratch)
     torch.manual_seed(seed)
-    head = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(classes))
-    model = nn.ModuleDict({"encoder": encoder, "decoder": head})
-    model = model.to(DEVICE, memory_format=torch.channels_last)
+    decoder = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(classes))
+    model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    model.to(device, memory_format=torch.channels_last)
+    images = torch.empty(len(used), len(bands), side, side, device=device)
+    for places, x in read_images(tiles, used, bands, norm, device, spent):
+        images[places] = x
+    if args.bn == "reestimate":
+        order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
+        drawn = order.to(device).tensor_split(batches(len(used), ENCODE_BATCH))
+        reestimate_batchnorm(encoder, (images[rows] for rows in drawn))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
 
     start = time.perf_counter()
-    scratch, cached = weights.kind == "scratch", None
-    if not (scratch or args.augment or args.no_cache):
-        batches = read_ahead(tiles, train, middle, setup, ENCODE_BATCH, spent)
-        cached = cache_features(encoder, batches, len(train), args.cache_gb, args.out)
+    kept = None if scratch else keep_features(encoder, images)
     encoded = time.perf_counter()
-    steps = -(-len(train) // args.batch_size)
-
-    def batches_of(rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        order = rng.permutation(len(train))
-        if cached:
-            for part in np.array_split(order, steps):
-                maps = torch.from_numpy(cached[0][part]).to(DEVICE)
-                yield maps.contiguous(memory_format=torch.channels_last), cached[1][part], steps
-            return
-        rows, cuts = train[order], [middle[place] for place in order]
-        if args.augment:
-            cuts = cut_tiles(tiles, rows, args.size, rng)
-        encoder.train(scratch)
-        for images, masks in read_ahead(tiles, rows, cuts, setup, args.batch_size, spent):
-            with torch.set_grad_enabled(scratch), autocast():
-                maps = feature_maps(encoder, images)
-            yield maps, masks, steps
-
-    kept = args.out / f".{stem}.checkpoint.pt"
-    losses = train_decoder(model, batches_of, args, seed, kept)
+    truth = torch.from_numpy(tiles.masks[used]).to(device)
+    x = images if kept is None else kept
+    losses = train_decoder(model, x, truth, args, seed)
     trained = time.perf_counter()
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    shown: list[tuple[np.ndarray, ...]] = []
-    cuts = cut_tiles(tiles, test, args.size, None)
-    for images, masks in read_ahead(tiles, test, cuts, setup, ENCODE_BATCH, spent):
-        with torch.no_grad(), autocast():
-            maps = feature_maps(encoder, images)
-            said = predict_scores(model["decoder"], maps, masks.shape[-2:]).argmax(1).cpu()
-        confusion += count_pixels(masks.numpy(), said.numpy(), len(classes))
-        shown += zip(images.cpu().numpy(), masks.numpy(), said.numpy(), strict=True)
-        del shown[args.maps :]
+    tested = read_images(tiles, test, bands, norm, device, spent)
+    names = [tiles.names[row] for row in test]
+    found = evaluate(model, tested, tiles.masks[test], names, len(classes), args.maps)
     if not scratch:
         assert_unchanged(encoder, before)
-    if not confusion.any():
-        fail(1, f"{args.root}: no pixel of the {len(test)} test masks counts; see --ignore")
+    metrics = map_metrics(found[0], classes)
     if args.maps:
-        draw_maps(png, *(np.stack(each) for each in zip(*shown, strict=True)), classes)
-    metrics = map_metrics(confusion, classes)
+        draw_maps(png, found[1], classes, bands)
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "seed": seed, "metrics": metrics,
-        "weights": {"name": weights.name, "source": str(weights.file or weights.kind),
-                    "sha256": weights.sha256},
+        "weights": {"name": weights.name, "source": weights.source, "sha256": weights.sha256},
         "config": settings | {
-            "arch": arch, "decoder": "DeepLabHead", "output_stride": 8, "train": len(train),
-            "test": len(test), "fewer_than_asked": fewer, "losses": losses,
-            "root": str(args.root), "mean": mean, "std": std, "unseen_bands": unseen,
-            "replaced_samples": spent["replaced"], "cached": bool(cached),
-            "bf16": native_bf16(DEVICE), "device": DEVICE.type,
-            "synthetic": tiles.synthetic, "encoder": weights.metadata,
+            "decoder": "DeepLabHead", "output_stride": 8, "train": len(used), "test": len(test),
+            "fewer_than_asked": fewer, "losses": losses, "root": str(args.root), "mean": mean,
+            "std": std, "unseen_bands": unseen, "replaced_samples": spent["replaced"],
+            "cached": kept is not None, "device": device.type, "synthetic": tiles.synthetic,
+            "encoder": weights.metadata,
             "encoder_synthetic": weights.metadata.get("synthetic") == "true",
         },
         "seconds": {"read": spent["read"], "encode": encoded - start, "train": trained - encoded},
     })  # fmt: skip
-    kept.unlink(missing_ok=True)
-    note = f"; the encoder never saw {', '.join(unseen)}" if unseen else ""
-    print(f"{args.dataset} {args.split} {'+'.join(bands)}, {weights.name}, seed {seed}: "
-          f"mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}, "
-          f"{time.perf_counter() - begin:.1f} s{note} -> {path}", flush=True)  # fmt: skip
+    notes = [f"mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}"]
+    if absent := [name for name in classes if name not in metrics["classes"]]:
+        notes.append(f"means without {', '.join(absent)}, which the test masks lack")
+    if metrics["only_predicted"]:
+        notes.append(f"predicted all the same: {', '.join(metrics['only_predicted'])}")
+    if unseen:
+        notes.append(f"the encoder never saw {', '.join(unseen)}")
+    print(f"{'+'.join(bands)}, seed {seed}: {'; '.join(notes)}; "
+          f"{time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
+    return path
 
 
 def main(args: argparse.Namespace) -> None:
     try:
+        device = find_device(args.device)
         tiles = list_tiles(args)
         args.split = args.split or (
             "official" if args.dataset == "csv" and tiles.part else "random"
         )
-        for bands in requested_bands(args.bands, tiles.bands, args.dataset):
+        asked = requested_bands(args.bands, tiles.bands, args.dataset)
+        print(f"{len(tiles.names)} tiles, {len(tiles.classes)} classes; {args.weights.name} "
+              f"({args.weights.source}) on {device}, {'bf16' if native_bf16(device) else 'fp32'}",
+              flush=True)  # fmt: skip
+        for bands in asked:
             check_bands(args.weights, bands, args.stats)
-            for seed in range(args.seeds):
-                run(args, tiles, bands, seed)
+        paths = [
+            run(args, tiles, bands, seed, device) for bands in asked for seed in range(args.seeds)
+        ]
+        for metric in ("miou", "aa"):
+            print_table(args.out, paths, metric)
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
+    except torch.OutOfMemoryError:
+        fail(1, f"{device} has too little memory: lower --batch-size, --num-images or --size")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""probe.py: measures, splits, bands, weights, frozenness, results that survive interruption."""
+"""probe.py: measures, splits, bands, weights, frozenness, results that are never stale."""
 
 import argparse
+import csv
 import functools
 import hashlib
 import http.server
@@ -15,19 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.stats
 import tifffile
 import torch
 import torchvision
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 import probe
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
 CLASSES = ["Forest", "River", "SeaLake"]
+CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny sizes: threads would only wait for each other
 
 
@@ -64,10 +67,11 @@ def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("data") / "photos")
 
 
-def settings(root, out, *more, dataset="eurosat-rgb", band="Red"):
+def settings(root, out, *more, dataset="eurosat-rgb", band="Red", weights="random"):
     """Command line of a small quick run."""
     argv = ["--dataset", dataset, "--root", str(root), "--band", band, "--out", str(out)]
-    return [*argv, "--arch", "resnet18", "--size", "32", "--epochs", "2", *map(str, more)]
+    argv += ["--arch", "resnet18", "--size", "32", "--epochs", "2", "--weights", str(weights)]
+    return [*argv, *map(str, more)]
 
 
 def probe_run(*args, **kwargs):
@@ -81,7 +85,7 @@ def results(out):
 def refused(capsys, status, argv, *words):
     """The run ends with this status and one error (a second line is indented) naming the words."""
     with pytest.raises(SystemExit) as ended:
-        probe.main(probe.arguments(argv))
+        probe.main(probe.arguments([str(word) for word in argv]))
     said = capsys.readouterr().err
     assert ended.value.code == status, said
     assert "error: " in said and "Traceback" not in said
@@ -92,72 +96,125 @@ def refused(capsys, status, argv, *words):
     return said
 
 
+def setup_of(bands, mean=(0.0,), std=(1.0,), size=32):
+    return probe.Setup(bands, size, mean, std, CPU, {"read": 0.0, "replaced": 0})
+
+
+def read(images, rows, bands):
+    """Standardised images and how they were standardised."""
+    setup = setup_of(bands, *probe.band_statistics(images, rows, bands))
+    return torch.cat([x.clone() for x in probe.read_ahead(images, rows, setup)]), setup
+
+
 # ------------------------------------------------------------------------------------- measures
-def test_f1_and_confusion_equal_scikit_learn_with_a_class_that_never_occurs():
+def test_f1_averages_over_the_classes_of_the_truth_as_scikit_learn_does_when_told_them():
     rng = np.random.default_rng(0)
-    truth, said = rng.integers(0, 5, 300), rng.integers(0, 6, 300)
-    found = probe.f1_metrics(truth, said, list("abcdefg"))  # g: in neither
-    assert found["f1_macro"] == pytest.approx(f1_score(truth, said, average="macro"))
-    assert found["f1_weighted"] == pytest.approx(f1_score(truth, said, average="weighted"))
+    truth, said = rng.integers(0, 5, 300), rng.integers(0, 6, 300)  # 5 is only predicted
+    found = probe.f1_metrics(truth, said, list("abcdefg"))
+    for average in ("macro", "weighted"):
+        expected = f1_score(truth, said, average=average, labels=range(5))
+        assert found[f"f1_{average}"] == pytest.approx(expected)
     assert found["accuracy"] == pytest.approx((truth == said).mean())
-    assert list(found["f1_per_class"]) == list("abcdef")
-    assert list(found["f1_per_class"].values()) == pytest.approx(
-        f1_score(truth, said, average=None, labels=range(6), zero_division=0)
-    )
+    assert [*found["f1_per_class"]] == found["classes"] == list("abcde")
+    assert found["only_predicted"] == ["f"]
+    expected = f1_score(truth, said, average=None, labels=range(5))
+    assert list(found["f1_per_class"].values()) == pytest.approx(expected)
     assert found["confusion"] == confusion_matrix(truth, said, labels=range(7)).tolist()
 
 
-def test_linear_head_is_logistic_regression():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(200, 6)).astype(np.float32) * [1, 5, 0.1, 2, 3, 1]
-    y = (x[:, 0] + x[:, 1] / 5 + rng.normal(0, 0.5, 200) > 0).astype(int) + (x[:, 2] > 0.05)
-    x = x.astype(np.float32)
-    head = probe.fit_linear(torch.from_numpy(x), torch.from_numpy(y), 3, 1e-2, 200)
-    scaled = (x - x.mean(0)) / x.std(0, ddof=1)
-    other = LogisticRegression(C=1 / (2 * 1e-2 * len(x)), max_iter=1000).fit(scaled, y)
-    shares = torch.softmax(head(torch.from_numpy(x)), 1).detach().numpy()
-    np.testing.assert_allclose(shares, other.predict_proba(scaled), atol=5e-3)
+def features(n=200, seed=0):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, 6)) * [1, 5, 0.1, 2, 3, 1]).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] / 5 + rng.normal(0, 0.5, n) > 0).astype(int) + (x[:, 2] > 0.05)
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def test_knn_head_is_cosine_weighted_nearest_neighbours():
-    rng = np.random.default_rng(0)
-    x, new = (rng.normal(size=(n, 8)).astype(np.float32) for n in (120, 50))
-    y = rng.integers(0, 4, 120)
-    head = probe.fit_knn(torch.from_numpy(x), torch.from_numpy(y), 4, 5)
-    mean, std = x.mean(0), x.std(0, ddof=1)
-    other = KNeighborsClassifier(5, metric="cosine", weights=lambda d: 2 - d)
-    other.fit((x - mean) / std, y)
-    said = probe.predict(head, torch.from_numpy(new))
-    assert (said == other.predict((new - mean) / std)).mean() > 0.97
+def test_the_linear_head_is_logistic_regression_that_has_converged():
+    x, y = features()
+    [head] = probe.fit_heads("linear", [("lbfgs", 1e-4)], x, y, 3, 1)
+    assert head[-1].n_iter_.max() < head[-1].max_iter
+    scaled = StandardScaler().fit_transform(x)
+    other = LogisticRegression(C=1 / (2 * 1e-4 * 200), tol=1e-8, max_iter=10_000).fit(scaled, y)
+    assert (probe.predict(head, x) == other.predict(scaled)).mean() > 0.99
 
 
-def test_mlp_head_learns_separable_features_and_has_the_papers_layers():
+def test_the_knn_head_votes_by_cosine_similarity():
+    (x, y), (new, _) = features(), features(50, 1)
+    [head] = probe.fit_heads("knn", [("cosine", 5)], x, y, 3, 1)
+    scale = StandardScaler().fit(x)
+    a, b = (scale.transform(each) for each in (new, x))
+    near = (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T
+    votes = np.zeros((50, 3))
+    for row, place in enumerate(np.argsort(-near)[:, :5]):
+        np.add.at(votes[row], y.numpy()[place], 1 + near[row, place])
+    assert (probe.predict(head, new) == votes.argmax(1)).mean() > 0.97
+
+
+def test_mlp_heads_learn_separable_features_and_have_the_papers_layers():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 300)
-    x = (rng.normal(size=(300, 20)) + 4 * np.eye(20)[y]).astype(np.float32)
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
-    chosen, head = probe.choose_head("mlp", x, y, 240, True, 3, 20)
+    x = torch.from_numpy((rng.normal(size=(300, 20)) + 4 * np.eye(20)[y]).astype(np.float32))
+    chosen, head = probe.choose_head("mlp", x, torch.from_numpy(y), 240, True, 3, 20)
     assert chosen in probe.CHOICES["mlp"]
     assert [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert head[0].out_features == 128
-    assert (probe.predict(head, x) == y.numpy()).mean() > 0.97
+    assert (probe.predict(head, x) == y).mean() > 0.97
 
 
-@pytest.mark.parametrize("again, sizes", [(True, [8, 8, 8, 12]), (False, [8, 8, 8])])
+def test_heads_trained_side_by_side_are_those_trained_alone(monkeypatch):
+    build, (x, y) = probe.build_head, features()
+
+    def same(width, classes):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            return build(width, classes)
+
+    def fit(settings):
+        torch.manual_seed(0)
+        return probe.fit_mlps(x, y, 3, settings, 3)
+
+    monkeypatch.setattr(probe, "build_head", same)
+    together = fit(probe.CHOICES["mlp"])
+    for setting, head in zip(probe.CHOICES["mlp"], together, strict=True):
+        [alone] = fit([setting])
+        for a, b in zip(head.state_dict().values(), alone.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("again, sizes", [(True, [8, 12]), (False, [8])])
 def test_settings_are_chosen_on_the_validation_rows(monkeypatch, again, sizes):
     y, best, fitted = torch.tensor([0, 1, 2] * 4), probe.CHOICES["mlp"][1], []
 
-    def fit(kind, setting, x, y_fit, classes, epochs):
-        fitted.append(len(x))
-        wrong = (
-            0 if setting == best else 1
-        )  # the others are right on the rows that they were fit to
-        return lambda new: torch.eye(3)[(y[new[:, 0]] + wrong * (new[:, 0] >= 8)) % 3]
+    class Head(torch.nn.Module):  # others than the best are right where they were fit
+        def __init__(self, setting):
+            super().__init__()
+            self.wrong = 0 if setting == best else 1
 
-    monkeypatch.setattr(probe, "fit_head", fit)
+        def forward(self, new):
+            return torch.eye(3)[(y[new[:, 0]] + self.wrong * (new[:, 0] >= 8)) % 3]
+
+    def fit(kind, settings, x, y_fit, classes, epochs):
+        fitted.append(len(x))
+        return [Head(setting) for setting in settings]
+
+    monkeypatch.setattr(probe, "fit_heads", fit)
     setting, head = probe.choose_head("mlp", torch.arange(12)[:, None], y, 8, again, 3, 1)
     assert setting == best and fitted == sizes
     assert (probe.predict(head, torch.arange(12)[:, None]) == y.numpy()).all()
+
+
+def test_the_floor_is_twelve_statistics_of_each_band():
+    x = torch.randn(4, 2, 9, 11, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    found = probe.image_statistics(x).numpy().reshape(4, 12, 2)
+    flat = x.numpy().reshape(4, 2, -1).astype(float)
+    expected = [flat.mean(-1), flat.std(-1, ddof=1)]
+    expected += [np.percentile(flat, p, axis=-1, method="nearest") for p in (0, 10, 25, 50, 75, 90)]
+    expected.append(flat.max(-1))
+    down = np.diff(x.numpy(), axis=2)[..., :-1]
+    across = np.diff(x.numpy(), axis=3)[..., :-1, :]
+    expected += [np.abs(down).mean((2, 3)), np.abs(across).mean((2, 3))]
+    expected.append(np.sqrt(down**2 + across**2).std((2, 3), ddof=1))
+    np.testing.assert_allclose(found, np.stack(expected, 1), rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- splits
@@ -172,40 +229,52 @@ def test_a_stratified_draw_has_the_exact_count_no_repeats_and_each_class_in_prop
     assert (draw == again).all() and (draw != other).any()
 
 
-def made_up(labels, names=None, part=None):
-    names = names or [f"tile_{n}" for n in range(len(labels))]
-    files = [(f"{name}.tif",) for name in names]
-    return probe.Images(names, files, {}, np.array(labels), ["a", "b"], part, False)
-
-
 def options(**given):
-    default = {"split": "random", "subset": None, "root": Path("."), "dataset": "eurosat"}
-    return argparse.Namespace(**default | given)
+    default = {"split": "random", "subset": None, "train_images": None, "dataset": "eurosat"}
+    return argparse.Namespace(**default | {"root": Path(".")} | given)
 
 
 def test_random_split_is_a_partition_80_to_20_stratified_and_moves_with_the_seed():
-    images = made_up([0] * 100 + [1] * 50)
-    fit, val, test, listed = probe.split_images(images, options(), 0)
+    labels = np.array([0] * 100 + [1] * 50)
+    fit, val, test, listed = probe.split_images(labels, None, options(), 0)
     assert sorted([*fit, *val, *test]) == list(range(150)) and not listed
     assert (len(fit), len(val), len(test)) == (96, 24, 30)
-    assert (images.labels[test] == 1).sum() == 10
-    assert set(test) != set(probe.split_images(images, options(), 1)[2])
+    assert (labels[test] == 1).sum() == 10
+    assert set(test) != set(probe.split_images(labels, None, options(), 1)[2])
 
 
-def test_a_subset_is_drawn_before_the_split():
-    fit, val, test, _ = probe.split_images(made_up([0] * 100 + [1] * 100), options(subset=50), 3)
+def test_a_subset_shrinks_both_parts_and_train_images_the_training_part_alone(capsys):
+    labels = np.array([0] * 120 + [1] * 80)
+    fit, val, test, _ = probe.split_images(labels, None, options(subset=50), 3)
     assert len({*fit, *val, *test}) == 50 and len(test) == 10
+    whole = probe.split_images(labels, None, options(), 3)
+    fit, val, test, _ = probe.split_images(labels, None, options(train_images=20), 3)
+    assert set(test) == set(whole[2]) and not {*fit, *val} & set(test)
+    assert len({*fit, *val}) == 20 and (labels[[*fit, *val]] == 1).sum() == 8
+    with pytest.raises(SystemExit) as ended:
+        probe.split_images(labels, None, options(train_images=161), 3)
+    assert ended.value.code == 2 and "160 are there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split, stem", [("official", "eurosat"), ("spatial", "eurosat-spatial")])
-def test_published_lists_are_followed_and_a_listed_validation_part_is_kept(tmp_path, split, stem):
-    images = made_up([0, 1] * 5)
-    parts = {"train": [0, 1, 2], "val": [5, 6], "test": [9, 8, 7]}
-    for part, rows in parts.items():  # the lists say .jpg, the files are .tif
+def test_published_lists_are_followed_and_a_listed_validation_part_is_kept(
+    tmp_path, split, stem, capsys
+):
+    names = [f"tile_{n}" for n in range(10)]
+    images = probe.Images(names, [("x.tif",)] * 10, {}, (13,), None, [], None, False)
+    lists = {"train": [0, 1, 2], "val": [5, 6], "test": [9, 8, 7]}
+    for part, rows in lists.items():  # the lists say .jpg, the files are .tif
         lines = "".join(f"tile_{row}.jpg\r\n" for row in rows)
         (tmp_path / f"{stem}-{part}.txt").write_text(lines)
-    fit, val, test, listed = probe.split_images(images, options(split=split, root=tmp_path), 0)
+    args = options(split=split, root=tmp_path)
+    parts = probe.listed_parts(images, args)
+    fit, val, test, listed = probe.split_images(np.array([0, 1] * 5), parts, args, 0)
     assert [*fit] == [0, 1, 2] and [*val] == [5, 6] and [*test] == [7, 8, 9] and listed
+    for junk, word in ((b"tile_0.jpg", "tile_0"), (b"\x00\xff\xfe", "binary")):
+        (tmp_path / f"{stem}-test.txt").write_bytes(junk)
+        with pytest.raises(SystemExit) as ended:
+            probe.listed_parts(images, args)
+        assert ended.value.code == 1 and word in capsys.readouterr().err
 
 
 def test_a_split_without_its_list_is_refused(photos, tmp_path, capsys):
@@ -218,12 +287,10 @@ def test_eurosat_bands_are_read_in_the_files_order_and_standardised(eurosat):
     images = probe.list_images("eurosat", eurosat, None)
     rows = np.array([0, 7, 25])
     for band, place in (("Blue", 1), ("NIR", 7), ("SWIR2", 11), ("NNIR", 12)):
-        mean, std = probe.band_statistics(images, rows, [band])
+        x, setup = read(images, rows, [band])
         raw = np.stack([tifffile.imread(images.files[row][0])[..., place] for row in rows])
-        assert mean[0] == pytest.approx(raw.mean()) and std[0] == pytest.approx(raw.std())
-        setup = probe.Setup([band], 32, mean, std)
-        [batch] = probe.read_ahead(images, rows, setup, {"read": 0.0, "replaced": 0})
-        np.testing.assert_allclose(batch[:, 0], (raw - raw.mean()) / raw.std(), atol=1e-4)
+        assert setup.mean == pytest.approx([raw.mean()]) and setup.std == pytest.approx([raw.std()])
+        np.testing.assert_allclose(x[:, 0], (raw - raw.mean()) / raw.std(), atol=1e-4)
 
 
 @pytest.mark.skipif(not (REAL / "eurosat").is_dir(), reason="no ../shared/data/eurosat")
@@ -260,7 +327,21 @@ def test_a_band_that_the_data_lack_is_refused_by_name(photos, tmp_path, capsys):
     refused(capsys, 2, settings(photos, tmp_path, band="Red,Blue"), "one or three")
 
 
-def write_sen12ms(root: Path, tiles: int = 12) -> Path:
+def test_files_of_another_band_count_and_unknown_names_are_refused(eurosat, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    rows = [f"{eurosat}/{c}/{c}_{n}.tif,{c}" for c in CLASSES for n in range(4)]
+    table.write_text("\n".join(["image,label", *rows]))
+    argv = settings(table, tmp_path / "out", dataset="csv", band="Blue", weights="stats")
+    order = ["--bands-in-file", "B02,B03,B04,B08"]
+    refused(capsys, 1, [*argv, *order], "has 13 bands, --bands-in-file names 4", ".tif")
+    argv = settings(table, tmp_path / "out", dataset="csv", band="all", weights="stats")
+    refused(capsys, 2, [*argv, "--bands-in-file", "B2,B3,B4"], "'B2'")
+    refused(capsys, 2, [*argv, "--bands-in-file", "B02,Blue"], "twice")
+    refused(capsys, 2, argv, "--bands-in-file is missing")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def write_sen12ms(root: Path, tiles: int = 12, season: str = "ROIs1158_spring") -> Path:
     rng = np.random.default_rng(0)
     for n in range(tiles):
         igbp = np.full((32, 32, 4), [10, 17, 13][n % 3], np.uint16)
@@ -270,14 +351,17 @@ def write_sen12ms(root: Path, tiles: int = 12) -> Path:
         if n == 0:
             tile["s1"][3, 4] = np.nan
         for kind, pixels in tile.items():
-            path = root / f"ROIs1158_spring/{kind}_1/ROIs1158_spring_{kind}_1_p{n}.tif"
+            path = root / season.format(kind) / f"{kind}_1/ROIs1158_spring_{kind}_1_p{n}.tif"
             path.parent.mkdir(parents=True, exist_ok=True)
             tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
     return root
 
 
-def test_sen12ms_scene_labels_are_the_simplified_majority_and_nan_becomes_the_mean(tmp_path):
-    root = write_sen12ms(tmp_path / "sen12ms")
+@pytest.mark.parametrize("season", ["ROIs1158_spring", "ROIs1158_spring_{}"])  # SEN12MS, -CR
+def test_sen12ms_scene_labels_are_the_simplified_majority_and_nan_becomes_the_mean(
+    tmp_path, season
+):
+    root = write_sen12ms(tmp_path / "sen12ms", season=season)
     images = probe.list_images("sen12ms", root, None)
     names = {images.names[n]: images.classes[images.labels[n]] for n in range(3)}
     assert names == {  # IGBP 10 grassland, 17 water, 13 urban; p0, p1, p10 sort first
@@ -285,16 +369,36 @@ def test_sen12ms_scene_labels_are_the_simplified_majority_and_nan_becomes_the_me
         "ROIs1158_spring_s2_1_p1": "Water",
         "ROIs1158_spring_s2_1_p10": "Water",
     }
-    rows = np.arange(12)
-    mean, std = probe.band_statistics(images, rows, ["SAR2", "NNIR"])
-    raw = np.stack([tifffile.imread(images.files[row][1])[..., 1] for row in rows])
-    assert mean[0] == pytest.approx(np.nanmean(raw), rel=1e-5)
-    spent = {"read": 0.0, "replaced": 0}
-    setup = probe.Setup(["SAR2", "NNIR"], 32, mean, std)
-    [batch] = probe.read_ahead(images, rows, setup, spent)
-    assert spent["replaced"] == 1 and batch[0, 0, 3, 4] == 0
+    x, setup = read(images, np.arange(12), ["SAR2", "NNIR"])
+    raw = np.stack([tifffile.imread(files[1])[..., 1] for files in images.files])
+    assert setup.mean[0] == pytest.approx(np.nanmean(raw), rel=1e-5)
+    assert setup.spent["replaced"] == 1 and x[0, 0, 3, 4] == 0
     s2 = tifffile.imread(images.files[5][0])[..., 8]  # B8A is the ninth of thirteen here
-    np.testing.assert_allclose(batch[5, 1], (s2 - mean[1]) / std[1], atol=1e-4)
+    np.testing.assert_allclose(x[5, 1], (s2 - setup.mean[1]) / setup.std[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("inner, dataset, suffix", [
+    ("", "eurosat", ".TIF"), ("ds/images/remote_sensing/otherDatasets/sentinel_2/tif", "eurosat",
+    ".tif"), ("EuroSAT_MS", "eurosat", ".tiff"), ("eurosat/2750", "eurosat-rgb", ".jpg"),
+    ("EuroSAT_RGB", "eurosat-rgb", ".JPG"), ("NWPU-RESISC45", "resisc45", ".jpg"),
+])  # fmt: skip
+def test_class_folders_are_found_where_each_source_unpacks_them(
+    tmp_path, inner, dataset, suffix, capsys
+):
+    for name in CLASSES:
+        (tmp_path / inner / name).mkdir(parents=True)
+        for n in range(2):
+            (tmp_path / inner / name / f"{name}_{n}{suffix}").touch()
+        (tmp_path / inner / name / f"._{name}_0{suffix}").touch()
+    images = probe.list_images(dataset, tmp_path, None)
+    assert images.classes == CLASSES and images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_images_in_several_folders_of_classes_are_refused(tmp_path, capsys):
+    for name in ("2750", "copy"):
+        write_photos(tmp_path / name, per_class=1)
+    argv = settings(tmp_path, tmp_path / "out")
+    refused(capsys, 2, argv, tmp_path / "2750", tmp_path / "copy", "--root")
 
 
 # -------------------------------------------------------------------------------------- weights
@@ -331,53 +435,82 @@ def layout(kind, model):
     return {"epoch": 3, "state_dict": seco, "lr_schedulers": []}
 
 
+def loaded(kind, file, arch="", bands=3):
+    weights = probe.others_tensors(probe.find_any_weights(f"{kind}:{file}"), arch)
+    return weights, probe.load_encoder(weights, arch, bands, 0)
+
+
 @pytest.mark.parametrize("kind", ["imagenet", "byol-imagenet", "seco", "coco"])
 def test_each_published_layout_gives_the_encoder_it_was_made_from(kind, resnet50, tmp_path):
     torch.save(layout(kind, resnet50), tmp_path / "weights.ckpt")
-    weights = probe.find_weights(f"{kind}:{tmp_path / 'weights.ckpt'}")
-    encoder, arch = probe.load_encoder(weights, "resnet18", 3)
-    assert arch == "resnet50" and weights.name == probe.WEIGHTS[kind]
+    weights, encoder = loaded(kind, tmp_path / "weights.ckpt")
+    assert weights.metadata["arch"] == "resnet50" and weights.name == probe.OTHERS[kind]
     body = torch.nn.Sequential(*list(resnet50.children())[:-1], torch.nn.Flatten())
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        assert torch.equal(encoder(x), body(x))
+        expected = body(x)
+        assert torch.equal(encoder(x), expected)
         one = x[:, :1]
         assert torch.equal(encoder(probe.for_encoder(encoder, one)), body(one.repeat(1, 3, 1, 1)))
 
 
-@pytest.mark.parametrize("kind", ["imagenet", "byol-imagenet", "seco", "coco"])
-def test_a_file_of_another_layout_is_refused_with_what_it_holds(kind, resnet50, tmp_path, capsys):
-    other = {"imagenet": "seco", "byol-imagenet": "imagenet", "seco": "coco", "coco": "imagenet"}[
-        kind
-    ]
+def test_an_exported_encoder_is_ours(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    weights, encoder = loaded("imagenet", tmp_path / "w.pth")
+    probe.main(probe.arguments(["--weights", weights.source, "--export", str(tmp_path / "own")]))
+    assert str(tmp_path / "own") in capsys.readouterr().out
+    argv = ["--weights", weights.source, "--export", tmp_path / "no" / "folder"]
+    refused(capsys, 1, argv, tmp_path / "no")
+    own = probe.find_weights(str(tmp_path / "own"))
+    assert (own.name, own.metadata["arch"]) == ("ImageNet supervised", "resnet18")
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        assert torch.equal(probe.load_encoder(own, "resnet50", 3, 0)(x), encoder(x))
+
+
+@pytest.mark.parametrize("before", ["module.", "backbone.", "module.backbone."])
+def test_prefixes_of_wrapped_models_are_understood(before, tmp_path):
+    model = torchvision.models.resnet18()
+    state = {before + key: value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "weights.pth")
+    weights, encoder = loaded("imagenet", tmp_path / "weights.pth")
+    assert weights.metadata["arch"] == "resnet18"
+    assert torch.equal(encoder.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
+
+
+@pytest.mark.parametrize(
+    "kind, other",
+    [("imagenet", "seco"), ("byol-imagenet", "imagenet"), ("seco", "coco"), ("coco", "seco")],
+)
+def test_a_file_of_another_layout_is_refused_with_what_it_holds(
+    kind, other, resnet50, tmp_path, capsys
+):
     torch.save(layout(other, resnet50), tmp_path / "weights.pt")
     with pytest.raises(SystemExit) as ended:
-        probe.load_encoder(probe.find_weights(f"{kind}:{tmp_path / 'weights.pt'}"), "resnet50", 3)
+        loaded(kind, tmp_path / "weights.pt")
     said = capsys.readouterr().err
     assert ended.value.code == 1 and "entries" in said and "weights.pt" in said
 
 
-def test_a_byol_tensor_of_another_shape_is_refused(resnet50, tmp_path, capsys):
-    found = layout("byol-imagenet", resnet50)
-    found["online_backbone"]["module.encoder.60"] = torch.zeros(7)
-    torch.save(found, tmp_path / "weights.pt")
-    with pytest.raises(SystemExit):
-        probe.load_encoder(probe.find_weights(f"byol-imagenet:{tmp_path / 'weights.pt'}"), "", 3)
-    assert "size mismatch" in capsys.readouterr().err
-
-
-def test_weights_and_features_that_are_not_finite_are_refused(resnet50, tmp_path, capsys):
-    found = {key: value.clone() for key, value in layout("imagenet", resnet50).items()}
-    found["layer1.0.bn1.running_var"][3] = float("nan")
-    torch.save(found, tmp_path / "weights.pt")
-    with pytest.raises(SystemExit) as ended:
-        probe.load_encoder(probe.find_weights(f"imagenet:{tmp_path / 'weights.pt'}"), "", 3)
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and "weights.pt: layer1.0.bn1.running_var holds NaN" in said
-    encoder, _ = probe.load_encoder(probe.find_weights("random"), "resnet18", 1)
+def test_tensors_of_another_shape_or_not_finite_are_refused(
+    resnet50, tmp_path, capsys, monkeypatch
+):
+    shape = layout("byol-imagenet", resnet50)
+    shape["online_backbone"]["module.encoder.60"] = torch.zeros(7)
+    finite = {key: value.clone() for key, value in layout("imagenet", resnet50).items()}
+    finite["layer1.0.bn1.running_var"][3] = float("nan")
+    cases = [("byol-imagenet", shape, "size mismatch"), ("imagenet", finite, "running_var holds")]
+    for kind, found, told in cases:
+        torch.save(found, tmp_path / "weights.pt")
+        with pytest.raises(SystemExit) as ended:
+            loaded(kind, tmp_path / "weights.pt")
+        assert ended.value.code == 1 and told in capsys.readouterr().err
+    encoder = probe.build_encoder("resnet18", 1)
     encoder.bn1.bias.data[0] = float("inf")  # as training from scratch may leave it
+    monkeypatch.setattr(probe, "read_ahead", lambda *_: iter([torch.zeros(2, 1, 32, 32)]))
     with pytest.raises(SystemExit) as ended:
-        probe.encode(encoder, iter([torch.zeros(2, 1, 32, 32)]))
+        probe.encode(encoder, None, [0, 1], setup_of(["Red"]))
     assert ended.value.code == 1 and "not finite" in capsys.readouterr().err
 
 
@@ -391,10 +524,23 @@ def test_loading_executes_nothing_from_the_file(tmp_path, capsys):
     bomb.path = tmp_path / "executed"
     torch.save({"state_dict": {}, "hparams": bomb}, tmp_path / "bomb.ckpt")
     with pytest.raises(SystemExit):
-        probe.load_encoder(probe.find_weights(f"seco:{tmp_path / 'bomb.ckpt'}"), "", 3)
+        loaded("seco", tmp_path / "bomb.ckpt")
     assert not (tmp_path / "executed").exists()
     said = capsys.readouterr().err
     assert "mkdir" in said and "nothing was executed" in said and "torch.save" in said
+
+
+@pytest.mark.parametrize("kind", ["", "imagenet:"])
+@pytest.mark.parametrize("content, told", [
+    (b"", "is empty"), (b"\n<!DOCTYPE html><html>", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"), (b"junk", "no whole"),
+])  # fmt: skip
+def test_what_is_no_weights_file_is_named_without_advice_to_load_it(
+    photos, tmp_path, capsys, kind, content, told
+):
+    (tmp_path / "w.pth").write_bytes(content)
+    argv = settings(photos, tmp_path, weights=f"{kind}{tmp_path}/w.pth")
+    assert "weights_only" not in refused(capsys, 1, argv, "w.pth", told)
 
 
 def write_encoder(path: Path, mode="single", bands=("Red", "SAR1"), **more) -> Path:
@@ -409,42 +555,59 @@ def write_encoder(path: Path, mode="single", bands=("Red", "SAR1"), **more) -> P
 
 
 def test_our_own_encoder_is_loaded_and_its_bands_and_statistics_are_told(photos, tmp_path, capsys):
-    file = write_encoder(tmp_path / "encoder.safetensors")
-    probe_run(photos, tmp_path, "--weights", file, "--stats", "encoder")
-    probe_run(photos, tmp_path, "--weights", file, band="Green")
+    file = write_encoder(tmp_path / "encoder.safetensors", epoch="7")
+    probe_run(photos, tmp_path, "--stats", "encoder", weights=file)
+    probe_run(photos, tmp_path, weights=file, band="Green")
     red, green = sorted(results(tmp_path), key=lambda r: r["bands"] != ["Red"])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert red["weights"] == {"name": "RS-BYOL-1", "source": str(file), "sha256": digest}
+    expected = {"name": "RS-BYOL-1", "source": str(file), "sha256": digest}
+    expected |= {"arch": "resnet18", "epoch": "7", "mode": "single", "synthetic": "true"}
+    assert red["weights"] == expected
     assert red["config"]["mean"] == [100.0] and red["config"]["std"] == [50.0]
     assert red["config"]["encoder_synthetic"] is True and red["config"]["synthetic"] is False
     assert red["config"]["unseen_bands"] == [] and green["config"]["unseen_bands"] == ["Green"]
     assert "never saw Green" in capsys.readouterr().out
-    argv = settings(photos, tmp_path, "--weights", file, "--stats", "encoder", band="Green")
+    argv = settings(photos, tmp_path, "--stats", "encoder", band="Green", weights=file)
     refused(capsys, 2, argv, "saw no Green", "--stats train")
 
 
-def test_three_bands_into_one_channel_are_refused(photos, tmp_path, capsys):
-    file = write_encoder(tmp_path / "encoder.safetensors")
-    refused(
-        capsys, 2, settings(photos, tmp_path, "--weights", file, band="RGB"), file, "one-channel"
-    )
+@pytest.mark.parametrize("channels, band", [(1, "RGB"), (13, "RGB"), (13, "Red")])
+def test_weights_whose_channels_do_not_match_are_refused(photos, tmp_path, capsys, channels, band):
+    model = torchvision.models.resnet18()
+    model.conv1 = torch.nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    argv = settings(photos, tmp_path, band=band, weights=f"imagenet:{tmp_path}/w.pth")
+    refused(capsys, 2, argv, "w.pth", f"{channels}-channel encoder, {3 if band == 'RGB' else 1} ba")
 
 
 def test_weights_that_are_no_encoder_are_refused(photos, tmp_path, capsys):
     file = tmp_path / "encoder.safetensors"
     safetensors.torch.save_file({"conv1.weight": torch.zeros(2)}, file)
-    refused(capsys, 1, settings(photos, tmp_path, "--weights", file), file, f"imagenet:{file}")
-    file.write_bytes(b"not tensors")
-    refused(capsys, 1, settings(photos, tmp_path, "--weights", file), file)
-    refused(capsys, 1, settings(photos, tmp_path, "--weights", f"imagenet:{file}"), file)
-    refused(capsys, 2, settings(photos, tmp_path, "--weights", "nonsense"), "nonsense", "random")
-    refused(capsys, 2, settings(photos, tmp_path, "--weights", "seco"), "seco:FILE")
+    refused(capsys, 1, settings(photos, tmp_path, weights=file), file, f"imagenet:{file} --export")
+    refused(capsys, 2, settings(photos, tmp_path, weights="nonsense"), "nonsense", "--help")
+    refused(capsys, 2, settings(photos, tmp_path, weights="seco"), "seco:FILE")
+
+
+def test_without_weights_the_users_own_encoder_is_probed_and_else_a_random_one(
+    photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    argv = [word for word in settings(photos, "out", "--head", "linear") if word != "random"]
+    argv.remove("--weights")
+    probe.main(probe.arguments(argv))
+    assert "weights: random" in capsys.readouterr().out.splitlines()[0]
+    Path("runs/rs-byol-1").mkdir(parents=True)
+    write_encoder(Path("runs/rs-byol-1/encoder.safetensors"))
+    probe.main(probe.arguments(argv))
+    said = capsys.readouterr().out
+    assert "weights: runs/rs-byol-1/encoder.safetensors" in said.splitlines()[0]
+    assert "Random init" in said  # beside it in the table
 
 
 def test_imagenet_without_network_names_the_file_alternative(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    argv = settings(photos, tmp_path, "--weights", "imagenet")
+    argv = settings(photos, tmp_path, weights="imagenet")
     refused(capsys, 1, argv, "https://download.pytorch.org/models/resnet18", "imagenet:FILE")
 
 
@@ -465,10 +628,10 @@ def test_the_encoder_is_in_eval_mode_and_equal_after_training(photos, tmp_path, 
 def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
     photos, tmp_path, monkeypatch, capsys
 ):
-    def forgets_eval(encoder, batches):
+    def forgets_eval(encoder, images, rows, setup):
         encoder.train()
         with torch.no_grad():
-            return torch.cat([encoder(batch) for batch in batches])
+            return torch.cat([encoder(batch) for batch in probe.read_ahead(images, rows, setup)])
 
     monkeypatch.setattr(probe, "encode", forgets_eval)
     refused(capsys, 1, settings(photos, tmp_path, "--embeddings"), "running_mean", "changed")
@@ -478,52 +641,136 @@ def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
 def test_reestimated_batchnorm_holds_the_statistics_of_the_images(eurosat, monkeypatch):
     monkeypatch.setattr(probe, "native_bf16", lambda device: False)  # to compare in fp32
     images = probe.list_images("eurosat", eurosat, None)
-    rows = np.arange(30)
-    setup = probe.Setup(["Red"], 32, *probe.band_statistics(images, rows, ["Red"]))
-    encoder, _ = probe.load_encoder(probe.find_weights("random"), "resnet18", 1, 0)
-    batches = list(probe.read_ahead(images, rows, setup, {"read": 0.0, "replaced": 0}))
-    probe.reestimate_batchnorm(encoder, iter(batches))
+    x, _ = read(images, np.arange(30), ["Red"])
+    encoder = probe.build_encoder("resnet18", 1)
+    probe.reestimate_batchnorm(encoder, iter([x]))
     with torch.no_grad():
-        first = encoder.conv1(torch.cat(batches))
+        first = encoder.conv1(x)
     torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)))
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-3, atol=1e-6)
     assert not any(module.training for module in encoder.modules())
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_features_are_float32_whatever_the_encoder_computes_in(fast, monkeypatch):
+    monkeypatch.setattr(probe, "native_bf16", lambda device: fast)
+    encoder = probe.build_encoder("resnet18", 1)
+    images = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(probe, "read_ahead", lambda *_: iter(images.split(4)))
+    found = probe.encode(encoder, None, range(6), setup_of(["Red"]))
+    with torch.no_grad():
+        exact = encoder(images)
+    assert found.dtype == torch.float32
+    error = (found - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.02 if fast else error < 1e-6
+
+
 # -------------------------------------------------------------------------------------- results
 def test_a_result_follows_the_schema_and_a_rerun_skips_it(photos, tmp_path, monkeypatch, capsys):
-    probe_run(photos, tmp_path, "--seeds", 2, "--subset", 24)
-    first, second = results(tmp_path)
+    argv = (photos, tmp_path, "--seeds", 2, "--subset", 24)
+    probe_run(*argv)
+    first, second = sorted(results(tmp_path), key=lambda r: r["seed"])
     assert first["schema"] == 1 and first["stage"] == "probe" and first["dataset"] == "eurosat-rgb"
     assert (first["split"], first["subset"], first["bands"]) == ("random", 24, ["Red"])
     assert [first["seed"], second["seed"]] == [0, 1]
-    assert set(first["metrics"]) == {
-        "f1_macro",
-        "f1_weighted",
-        "accuracy",
-        "f1_per_class",
-        "confusion",
-    }
+    metrics = "f1_macro f1_weighted accuracy f1_per_class classes only_predicted confusion"
+    assert set(first["metrics"]) == set(metrics.split())
     assert set(first["weights"]) == {"name", "source", "sha256"}
     assert set(first["seconds"]) == {"read", "encode", "train"}
     assert {"torch", "numpy", "python"} <= set(first["versions"])
-    told = "size arch head bn stats epochs optimiser learning_rate classes hidden batch synthetic"
-    told += " encoder_synthetic train validated test"
+    told = "identity size arch head bn stats epochs optimiser learning_rate classes batch synthetic"
+    told += " encoder_synthetic train test train_images finetune root files images"
     assert set(told.split()) <= set(first["config"])
     assert first["config"]["train"] == 19 and first["config"]["test"] == 5
     assert np.sum(first["metrics"]["confusion"]) == 5
+    said = capsys.readouterr().out
+    assert all(str(path) in said for path in tmp_path.iterdir())  # every file is named
 
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     monkeypatch.setattr(probe, "encode", lambda *_: pytest.fail("encoded again"))
-    probe_run(photos, tmp_path, "--seeds", 2, "--subset", 24)
+    probe_run(*argv)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
     assert capsys.readouterr().out.count("done before") == 2
 
 
-def test_other_settings_never_share_a_file(photos, tmp_path):
-    for more in ([], ["--subset", 24], ["--bn", "reestimate"], ["--head", "knn"], ["--epochs", 3]):
-        probe_run(photos, tmp_path, *more)
-    assert len(results(tmp_path)) == 5
+@pytest.fixture
+def quick(monkeypatch):
+    """Networks and heads that take no time: what is left is what tells results apart."""
+    monkeypatch.setattr(probe, "encode", lambda e, i, rows, s: torch.zeros(len(rows), 512))
+    monkeypatch.setattr(probe, "reestimate_batchnorm", lambda *_: None)
+    head = torch.nn.Linear(512, 3)
+    monkeypatch.setattr(probe, "choose_head", lambda *_: (("sgd", 0.1), head))
+    tuned = (("adamw", 1e-3), probe.build_encoder("resnet18", 1), head)
+    monkeypatch.setattr(probe, "choose_fine_tuned", lambda *_: tuned)
+
+
+def test_every_determinant_of_a_result_gives_a_new_one(eurosat, tmp_path, quick):
+    (tmp_path / "w.safetensors").write_bytes(write_encoder(tmp_path / "x").read_bytes())
+    other = write_encoder(tmp_path / "y.safetensors", epoch="2")
+    for name in ("a", "b"):  # equal but for the folder
+        rows = []
+        (tmp_path / name).mkdir()
+        for n in range(30):
+            source = sorted(eurosat.glob("*/*.tif"))[n]
+            (tmp_path / name / f"{n}.tif").write_bytes(source.read_bytes())
+            os.utime(tmp_path / name / f"{n}.tif", (1, 1))
+            part = ("train", "val", "test", "train", "test")[n % 5]
+            rows.append({"image": f"{n}.tif", "label": source.parent.name, "split": part})
+        table(tmp_path / name / "t.csv", rows)
+    relabelled = [row | {"label": "River"} if row["image"] == "3.tif" else row for row in rows]
+    resplit = [row | {"split": "train"} if row["image"] == "4.tif" else row for row in rows]
+    order = ",".join(probe.EUROSAT_BANDS)
+    swapped = order.replace("B04", "?").replace("B08", "B04").replace("?", "B08")
+    out, count = tmp_path / "out", 0
+
+    def run(what, *more, folder="a", names=order, weights="random", **kwargs):
+        """A new result, and none when the same is asked for once more."""
+        nonlocal count
+        count += 1
+        for _ in range(2):
+            probe_run(tmp_path / folder / "t.csv", out, "--bands-in-file", names, *more,
+                      dataset="csv", weights=weights, **kwargs)  # fmt: skip
+            assert len(results(out)) == count, what
+
+    run("the first")
+    run("root", folder="b")
+    run("band order", names=swapped)
+    run("band", band="NIR")
+    run("--split", "--split", "random")
+    run("--subset", "--subset", 24)
+    run("--train-images", "--train-images", 12)
+    run("--size", "--size", 48)
+    run("--head", "--head", "linear")
+    run("--epochs", "--epochs", 3)
+    run("--bn", "--bn", "reestimate")
+    run("--arch", "--arch", "resnet34")
+    run("--finetune", "--finetune")
+    run("the floor", weights="stats")
+    run("a file of weights", weights=tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(other.read_bytes())
+    run("other weights of the same name", weights=tmp_path / "w.safetensors")
+    run("--stats", "--stats", "encoder", weights=other)
+    table(tmp_path / "a/t.csv", relabelled)
+    run("a label")
+    table(tmp_path / "a/t.csv", resplit)
+    run("the split column")
+    table(tmp_path / "a/t.csv", rows[:-1])
+    run("an image less")
+    table(tmp_path / "a/t.csv", rows)
+    (tmp_path / "a/7.tif").write_bytes((tmp_path / "a/8.tif").read_bytes())
+    run("pixels")
+    (tmp_path / "a/7.tif").rename(tmp_path / "a/new.tif")
+    table(tmp_path / "a/t.csv", [r | {"image": r["image"].replace("7.tif", "new.tif")} if
+                                 r["image"] == "7.tif" else r for r in rows])  # fmt: skip
+    run("a name")
+    assert len({r["config"]["identity"] for r in results(out)}) == count
+
+
+def table(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_the_rerun_completes_it(
@@ -542,19 +789,29 @@ def test_an_interrupted_run_keeps_what_is_finished_and_the_rerun_completes_it(
         probe_run(photos, tmp_path, band="all")
     assert len(list(tmp_path.iterdir())) == len(results(tmp_path)) == 1
     probe_run(photos, tmp_path, band="all")
-    assert [r["bands"] for r in results(tmp_path)] == [["Blue"], ["Green"], ["Red"]]
+    assert sorted(r["bands"] for r in results(tmp_path)) == [["Blue"], ["Green"], ["Red"]]
     assert len(calls) == 4  # the first band was not run again
 
 
-def test_an_interrupted_write_leaves_no_file(photos, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_file_and_a_killed_one_is_swept(
+    photos, tmp_path, monkeypatch, quick
+):
     def dies(self, text):
         self.write_bytes(text.encode()[:50])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", dies)
-    with pytest.raises(KeyboardInterrupt):
-        probe_run(photos, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", dies)
+        with pytest.raises(KeyboardInterrupt):
+            probe_run(photos, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    parts = [tmp_path / f".x.json.{pid}.part" for pid in (killed.pid, os.getpid())]
+    for part in parts:
+        part.touch()
+    probe_run(photos, tmp_path)
+    assert [part.exists() for part in parts] == [False, True]  # the second's process still writes
 
 
 def test_embeddings_and_maps_are_added_to_a_finished_run_without_touching_it(photos, tmp_path):
@@ -572,48 +829,99 @@ def test_embeddings_and_maps_are_added_to_a_finished_run_without_touching_it(pho
     assert Image.open(path.with_name(path.stem + "-cam.png")).size[0] > 500
 
 
-def test_features_on_disk_are_used_again_for_the_same_weights_data_bands_and_size(
-    photos, tmp_path, monkeypatch
+def test_embed_writes_the_features_of_every_image_labelled_or_not(photos, tmp_path, capsys):
+    images = probe.list_images("eurosat-rgb", photos, None)
+    table(tmp_path / "t.csv", [{"image": str(file)} for (file,) in images.files])
+    argv = settings(tmp_path / "t.csv", tmp_path / "out", dataset="csv", weights="stats")
+    refused(capsys, 1, argv, "no column label", "--embed")
+    probe.main(probe.arguments([*argv, "--embed", str(tmp_path / "all.npz")]))
+    assert f"wrote {tmp_path / 'all.npz'}" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    found = np.load(tmp_path / "all.npz", allow_pickle=False)
+    x, _ = read(images, np.arange(30), ["Red"])
+    np.testing.assert_allclose(found["features"], probe.image_statistics(x), rtol=1e-5)
+    assert found["names"].tolist() == [file for (file,) in images.files]
+    assert found["bands"].tolist() == ["Red"] and "labels" not in found
+    probe_run(photos, tmp_path, "--embed", tmp_path / "all.npz")
+    found = np.load(tmp_path / "all.npz", allow_pickle=False)
+    assert found["features"].shape == (30, 512) and found["classes"].tolist() == CLASSES
+    assert found["labels"].tolist() == images.labels.tolist()
+
+
+def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floor(
+    photos, tmp_path, capsys, quick, monkeypatch
 ):
-    cache = ["--cache", tmp_path / "cache"]
-    probe_run(photos, tmp_path / "a", *cache)
-    encode = probe.encode
-    monkeypatch.setattr(probe, "encode", lambda *_: pytest.fail("encoded again"))
-    probe_run(photos, tmp_path / "b", *cache)
-    [a], [b] = results(tmp_path / "a"), results(tmp_path / "b")
-    assert a["metrics"] == b["metrics"]
-    encoded = []
-    monkeypatch.setattr(probe, "encode", lambda *args: encoded.append(1) or encode(*args))
-    probe_run(photos, tmp_path / "b", *cache, band="Green")
-    probe_run(photos, tmp_path / "b", *cache, "--size", 40)
-    probe_run(photos, tmp_path / "b", *cache, "--bn", "reestimate")
-    assert len(encoded) == 3
+    scores = np.random.default_rng(0)
+    monkeypatch.setattr(probe, "predict", lambda head, x: scores.integers(0, 3, len(x)))
+    probe_run(photos, tmp_path, "--seeds", 2, weights="stats", band="all")
+    probe_run(photos, tmp_path, "--seeds", 2)
+    probe_run(photos, tmp_path, "--seeds", 2, "--size", 40)  # stands in a table of its own
+    (tmp_path / "junk.json").write_text("[]")
+    file = write_encoder(tmp_path / "e.safetensors")
+    capsys.readouterr()
+    probe_run(photos, tmp_path, "--seeds", 2, weights=file, band="all")
+    lines = capsys.readouterr().out.splitlines()
+    names = ("RS-BYOL-1", "Random init", "stats")
+    assert lines[-4].split("  ")[0] == "band" and all(name in lines[-4] for name in names)
+    for band, line in zip(("Blue", "Green", "Red"), lines[-3:], strict=True):
+        cells = [band]
+        for name in names:
+            values = [
+                r["metrics"]["f1_macro"]
+                for r in results(tmp_path)
+                if r and (r["bands"], r["weights"]["name"]) == ([band], name)
+                if r["config"]["size"] == 32
+            ]
+            if values:
+                half = scipy.stats.t.ppf(0.975, 1) * scipy.stats.sem(values)
+                cells += [f"{np.mean(values):.3f}", "±", f"{half:.3f}"]
+            else:
+                cells.append("-")
+        assert line.split() == cells
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_features_are_float32_whatever_the_encoder_computes_in(fast, monkeypatch):
-    monkeypatch.setattr(probe, "native_bf16", lambda device: fast)
-    encoder, _ = probe.load_encoder(probe.find_weights("random"), "resnet18", 1)
-    images = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    features = probe.encode(encoder, iter(images.split(4)))
-    with torch.no_grad():
-        exact = encoder(images)
-    assert features.dtype == torch.float32
-    error = (features - exact).norm() / exact.norm()
-    assert 1e-4 < error < 0.02 if fast else error < 1e-6
+def test_progress_stands_in_a_log_file_once_a_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(probe.time, "monotonic", lambda: now[0])
+    progress = probe.Progress("encoding")
+    for done in range(1, 201):
+        now[0] += 1.0
+        progress(done, 200)
+    assert capsys.readouterr().out.splitlines() == [
+        "  encoding: 60 of 200", "  encoding: 120 of 200", "  encoding: 180 of 200",
+    ]  # fmt: skip
 
 
-def test_scratch_trains_the_encoder_too(photos, tmp_path):
-    probe_run(photos, tmp_path, "--weights", "scratch", "--cam", 2, "--epochs", 3)
+# ---------------------------------------------------------------------------------- fine-tuning
+def test_fine_tuning_trains_the_encoder_and_says_how(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "FINETUNE_STEPS", 2)
+    file = write_encoder(tmp_path / "e.safetensors")
+    monkeypatch.setitem(probe.CHOICES, "finetune", [("adamw", 1e-3)])
+    probe_run(photos, tmp_path, "--finetune", "--cam", 2, "--epochs", 1, weights=file)
     [result] = results(tmp_path)
-    assert result["weights"]["name"] == "Scratch supervised"
-    assert result["config"]["optimiser"] == "adamw"
+    assert result["weights"]["name"] == "RS-BYOL-1 fine-tuned"
+    config = result["config"]
+    assert config["finetune"] and config["optimiser"] == "adamw" and config["bn"] is None
+    assert config["learning_rate"] in [rate for _, rate in config["tried"]]
+
+
+def test_scratch_is_fine_tuning_from_random_weights(photos, tmp_path, quick):
+    probe_run(photos, tmp_path, weights="scratch")
+    probe_run(photos, tmp_path, "--finetune")
+    names = [(r["weights"]["name"], r["config"]["finetune"]) for r in results(tmp_path)]
+    assert names == [("Scratch supervised", True)]
+
+
+def test_few_images_get_as_many_epochs_as_make_the_steps(photos, monkeypatch):
+    monkeypatch.setattr(probe, "FINETUNE_STEPS", 5)
+    images = probe.list_images("eurosat-rgb", photos, None)
+    setup, drawn = setup_of(["Red"], [100.0], [50.0]), []
+    read_ahead = probe.read_ahead
+    monkeypatch.setattr(probe, "read_ahead", lambda *a: drawn.append(a[1]) or read_ahead(*a))
     encoder = probe.build_encoder("resnet18", 1)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    images = probe.list_images("eurosat-rgb", photos, None)
-    setup = probe.Setup(["Red"], 32, [100.0], [50.0])
-    spent = {"read": 0.0, "replaced": 0}
-    probe.train_scratch(encoder, images, np.arange(30), setup, 1, 0, spent)
+    probe.fine_tune(encoder, images, np.arange(30), setup, 1e-3, 1, 0)
+    assert len(drawn) == 5 and all(sorted(order) == list(range(30)) for order in drawn)
     assert not torch.equal(encoder.conv1.weight, before["conv1.weight"])
     assert not torch.equal(encoder.bn1.running_mean, before["bn1.running_mean"])
 
@@ -642,45 +950,92 @@ def test_fullgrad_contributions_sum_to_the_logit():
 
 
 # ------------------------------------------------------------------------------ data and errors
-def test_csv_images_with_their_own_split(tmp_path, capsys):
-    root = write_photos(tmp_path / "photos")
-    lines = ["image,label,split"]
-    for name in CLASSES:
-        part = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
-        lines += [f"photos/{name}/{name}_{n}.jpg,{name},{part[n]}" for n in range(10)]
-    table = tmp_path / "tiles.csv"
-    table.write_text("\n".join(lines))
-    probe_run(table, tmp_path / "out", dataset="csv", band="RGB")
+def test_csv_images_with_their_own_split(photos, tmp_path):
+    rows = [
+        {"image": f"{photos}/{name}/{name}_{n}.jpg", "label": name,
+         "split": "train" if n < 6 else "val" if n < 8 else "test"}
+        for name in CLASSES for n in range(10)
+    ]  # fmt: skip
+    table(tmp_path / "t.csv", rows)
+    probe_run(tmp_path / "t.csv", tmp_path / "out", dataset="csv", band="RGB", weights="stats")
     [result] = results(tmp_path / "out")
-    assert (result["split"], result["config"]["test"], result["config"]["train"]) == (
-        "official",
-        6,
-        18,
-    )
-    table.write_text("\n".join([*lines, "photos/none.jpg,River,train"]))
-    refused(capsys, 1, settings(table, tmp_path / "out", dataset="csv"), "line 32", "none.jpg")
-    table.write_text("picture,label\na,b")
-    refused(capsys, 1, settings(table, tmp_path / "out", dataset="csv"), "'image'")
-    assert root.is_dir()
+    config = result["config"]
+    assert (result["split"], config["test"], config["train"]) == ("official", 6, 18)
 
 
-def test_csv_of_geotiffs_needs_and_uses_its_band_order(eurosat, tmp_path, capsys):
-    table = tmp_path / "tiles.csv"
-    rows = [f"{eurosat}/{c}/{c}_{n}.tif,{c}" for c in CLASSES for n in range(10)]
-    table.write_text("\n".join(["image,label", *rows]))
-    refused(capsys, 2, settings(table, tmp_path, dataset="csv"), "--bands-in-file")
-    order = ",".join(probe.EUROSAT_BANDS)
-    images = probe.list_images("csv", table, order)
-    assert images.bands == probe.list_images("eurosat", eurosat, None).bands
+@pytest.mark.parametrize("text, status, words", [
+    ("image,label\nA,a\nB", 1, ["line 3", "1 value"]),
+    ("image,label\n\"A,a\nB,b\n", 1, ["line 2", "quot"]),
+    ("image;label\nA;a\n", 1, ["no column image", "';'"]),
+    ("image\tlabel\nA\ta\n", 1, ["no column image", "\\t"]),
+    ("picture,label\nA,b", 1, ["no column image"]),
+    ("image,label\n", 1, ["no row"]),
+    ("", 1, ["no column image"]),
+    ("image,label\nnone.jpg,a\n", 1, ["line 2", "none.jpg"]),
+    ("image,label,split\nA,a,training\n", 1, ["line 2", "'training'"]),
+    ("image,label\nA,a\nA,a\nB,b", 1, ["line 3", "line 2"]),
+    ("image,label\nA,a\nlink,b\n", 1, ["line 3", "line 2", "another label"]),
+    ("image,label,split\nA,a,train\nA,a,test\n", 1, ["line 3", "another split"]),
+    ("image,label\nA,\nB,b\n", 1, ["line 2", "empty"]),
+    ("image,label\nA,a\nB,a \n", 1, ["line 3", "line 2", "blanks or case"]),
+    ("image,label\nA,a\nB,A\n", 1, ["line 3", "blanks or case"]),
+    ("image,label\nA,a\nB,a\n", 1, ["one class"]),
+])  # fmt: skip
+def test_a_faulty_table_is_one_line(photos, tmp_path, capsys, text, status, words):
+    for name, source in (("A", "Forest_0"), ("B", "Forest_1")):
+        (tmp_path / name).write_bytes((photos / "Forest" / f"{source}.jpg").read_bytes())
+    (tmp_path / "link").symlink_to("A")
+    (tmp_path / "t.csv").write_text(text)
+    argv = settings(tmp_path / "t.csv", tmp_path / "o", dataset="csv", weights="stats")
+    refused(capsys, status, argv, "t.csv", *words)
+
+
+def test_a_table_that_is_no_text_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
+    os.mkfifo(tmp_path / "pipe.csv")
+    refused(capsys, 1, settings(tmp_path / "t.csv", tmp_path, dataset="csv"), "UTF-8")
+    refused(capsys, 2, settings(tmp_path / "pipe.csv", tmp_path, dataset="csv"), "is no file")
+
+
+def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refused(
+    tmp_path, capsys
+):
+    ramp = np.linspace(0, 1000, 4096).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
+    for name, bands, told in (("deep", 3, "16 bits"), ("huge", 3, "pixels"), ("rgb", 1, "has 3")):
+        with pytest.raises(SystemExit) as ended:
+            probe.open_photo(str(tmp_path / f"{name}.png"), None, bands)
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and f"{name}.png" in said and told in said
+        assert len(said.splitlines()) == 1
+    one = probe.open_photo(str(tmp_path / "grey.png"), None, 1)
+    assert one.shape == (1, 8, 8) and one[0].ravel().tolist() == list(range(64))
+
+
+def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
+    rng, valid = np.random.default_rng(0), []
+    for n in range(4):
+        tile = rng.integers(1000, 2000, (32, 32)).astype(np.uint16)
+        tags = [(42113, 2, 2, b"0\0", True)] if n % 2 else []  # GDAL's nodata: 0
+        tile[:, : 16 * (n % 2)] = 0
+        valid.append(tile[:, 16 * (n % 2) :].ravel())
+        tifffile.imwrite(tmp_path / f"{n}.tif", tile, extratags=tags)
+    table(tmp_path / "t.csv", [{"image": f"{n}.tif", "label": "ab"[n % 2]} for n in range(4)])
+    images = probe.list_images("csv", tmp_path / "t.csv", "B04")
+    mean, std = probe.band_statistics(images, np.arange(4), ["Red"])
+    assert mean == pytest.approx([np.concatenate(valid).mean()])
+    assert std == pytest.approx([np.concatenate(valid).std()])
 
 
 def test_a_broken_tile_is_named(tmp_path, capsys):
     root = write_eurosat(tmp_path / "eurosat")
     broken = root / "River" / "River_3.tif"
     broken.write_bytes(broken.read_bytes()[:2000])
-    refused(
-        capsys, 1, settings(root, tmp_path / "out", dataset="eurosat", band="RE5"), "River_3.tif"
-    )
+    argv = settings(root, tmp_path / "out", dataset="eurosat", band="RE5")
+    refused(capsys, 1, argv, "River_3.tif")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -696,13 +1051,20 @@ def test_missing_data_are_told_in_two_lines_before_torch_is_imported(tmp_path):
 
 
 def test_wrong_use_is_refused_in_one_line(photos, tmp_path, capsys):
-    refused(capsys, 2, settings(photos, tmp_path, "--subset", 31), "--subset 31", "30 images")
-    refused(capsys, 2, settings(photos, tmp_path, "--head", "knn", "--cam", 3), "--cam")
-    refused(capsys, 2, settings(photos, tmp_path, "--size", 8), "--size 8")
-    refused(
-        capsys, 2, settings(photos, tmp_path, "--weights", "scratch", "--head", "knn"), "scratch"
-    )
-    refused(capsys, 2, ["--dataset", "eurosat-rgb", "--root", str(photos)], "--band")
+    def wrong(*more, words, **kwargs):
+        refused(capsys, 2, settings(photos, tmp_path, *more, **kwargs), *words)
+
+    wrong("--subset", 31, words=["--subset 31", "30 images"])
+    wrong("--head", "knn", "--cam", 3, words=["--cam"])
+    wrong("--size", 8, words=["--size 8"])
+    wrong("--head", "knn", words=["--head"], weights="scratch")
+    wrong("--finetune", words=["--finetune"], weights="stats")
+    wrong("--device", "mps", words=["--device mps"])
+    wrong("--sizes", "ten", words=["--sizes", "--help"])
+    wrong("--embed", tmp_path / "x.npz", words=["--embed"], band="all")
+    refused(capsys, 2, ["--dataset", "eurosat-rgb", "--root", photos], "--band")
+    refused(capsys, 2, ["--band", "Red"], "--dataset")
+    refused(capsys, 2, ["--weights", "random", "--export", "x"], "--export")
     (tmp_path / "file").write_text("")
     refused(capsys, 2, settings(photos, tmp_path / "file" / "out"), "file/out")
 

@@ -1,10 +1,14 @@
-"""segment.py: masks that stay on their images, measures, the cache, resuming, frozenness."""
+"""segment.py: masks that stay on their images, measures, what a result depends on, frozenness."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import scipy.stats
 import tifffile
 import torch
 import torchvision
@@ -65,74 +69,164 @@ def refused(capsys, status, argv, *words):
         segment.main(segment.arguments(argv))
     said = capsys.readouterr().err
     assert ended.value.code == status, said
-    assert said.count("error: ") == 1 and "Traceback" not in said
-    assert all(line.startswith("  ") for line in said.strip().splitlines()[1:])
+    assert said.count("error: ") == 1 and len(said.strip().splitlines()) == 1, said
     for word in words:
         assert str(word) in said
 
 
-# ------------------------------------------------------------------------------------ alignment
-def turned(pixels: np.ndarray, bits: int) -> np.ndarray:
-    pixels = pixels.T if bits & 4 else pixels
-    pixels = np.flipud(pixels) if bits & 2 else pixels
-    return np.fliplr(pixels) if bits & 1 else pixels
+# ------------------------------------------------------------------------------ masks and images
+def write_masks(table: Path, folder: Path, edit) -> Path:
+    """A copy of the table beside masks that `edit` has changed; its path."""
+    folder.mkdir()
+    lines = table.read_text().splitlines()
+    for line in lines[1:]:
+        s1, s2, mask, _ = line.split(",")
+        write_tile(folder / mask, edit(tifffile.imread(table.parent / mask)))
+    for kind in ("s1", "s2"):
+        (folder / kind).symlink_to(table.parent / kind)
+    (folder / "tiles.csv").write_text(table.read_text())
+    return folder / "tiles.csv"
 
 
-def test_masks_are_cut_and_turned_exactly_with_their_images_under_every_orientation(
-    table, tmp_path
+def images_of(tiles, rows, bands, norm):
+    spent = {"read": 0.0, "replaced": 0}
+    images = torch.full((len(rows), len(bands), *tiles.masks.shape[1:]), torch.nan)
+    for places, x in segment.read_images(tiles, rows, bands, norm, torch.device("cpu"), spent):
+        images[places] = x
+    return images.numpy()
+
+
+@pytest.mark.parametrize("size", [None, 34, 32])
+def test_masks_are_cut_exactly_with_their_images(table, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(segment, "ENCODE_BATCH", 5)  # 12 tiles: batches of 5, 5 and 2
+    tiles = segment.list_tiles(segment.arguments(settings(table, tmp_path, *sized(size))))
+    images = images_of(tiles, np.arange(12), ["Blue"], ([1000.0], [100.0]))  # now Blue IS the id
+    ids = np.where(tiles.masks == segment.IGNORED, 0, tiles.masks.astype(int) + 1)
+    assert np.abs(images[:, 0] - ids).max() < 1e-4
+    at = 0 if size is None else (40 - size) // 2
+    for n in range(12):
+        whole = tifffile.imread(table.parent / f"mask/{n}.tif")
+        assert (ids[n] == whole[at : 40 - at, at : 40 - at]).all()
+
+
+def sized(size):
+    return [] if size is None else ["--size", size]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(np.float32, np.nan), (np.float32, 1.5), (np.int16, -1), (np.uint16, 65535), (np.uint8, 7)],
+)
+def test_a_mask_value_that_is_no_class_is_named_or_ignored_as_asked(
+    table, tmp_path, capsys, dtype, value
 ):
-    args = segment.arguments(settings(table, tmp_path))
+    def edit(mask):
+        mask = mask.astype(dtype)
+        mask[:9] = value
+        return mask
+
+    other = write_masks(table, tmp_path / "data", edit)
+    refused(capsys, 1, settings(other, tmp_path), "mask/0.tif", f"holds {value},", "--ignore")
+    if value == int(value if np.isfinite(value) else 0.5):
+        args = segment.arguments(settings(other, tmp_path, f"--ignore={value},0"))
+        tiles = segment.list_tiles(args)
+        assert (tiles.masks[:, :9] == segment.IGNORED).all()
+        before = segment.list_tiles(segment.arguments(settings(table, tmp_path)))
+        assert (tiles.masks[:, 9:] == before.masks[:, 9:]).all()
+
+
+def test_classes_name_the_ids_that_are_not_ignored(table, tmp_path):
+    argv = settings(table, tmp_path, "--classes", "z,a,c,d", "--ignore", "2,9")
+    tiles = segment.list_tiles(segment.arguments(argv))
+    raw = np.stack([tifffile.imread(table.parent / f"mask/{n}.tif") for n in range(12)])
+    assert tiles.classes == ["z", "a", "c", "d"]
+    for number, id in enumerate((0, 1, 3, 4)):
+        assert ((tiles.masks == number) == (raw == id)).all()
+    assert ((tiles.masks == segment.IGNORED) == (raw == 2)).all()
+
+
+def test_masks_and_tiles_with_another_number_of_bands_are_refused(table, tmp_path, capsys):
+    other = write_masks(table, tmp_path / "data", lambda mask: np.stack([mask] * 3, -1))
+    refused(capsys, 1, settings(other, tmp_path), "mask/0.tif", "has 3 bands", "a mask has 1")
+    argv = settings(table, tmp_path, "--s2-bands", "B02,B03,B04")
+    refused(capsys, 1, argv, "s2/0.tif: has 4 bands, --s2-bands names 3")
+    argv = settings(table, tmp_path, "--s1-bands", "VV")
+    refused(capsys, 1, argv, "s1/0.tif: has 2 bands, --s1-bands names 1")
+
+
+def test_statistics_leave_out_each_files_own_nodata(tmp_path):
+    lines = ["s1,s2,mask,split"]
+    for n in range(4):
+        s1, s2, mask = coded(n, 40)
+        s2[:20] = 0 if n % 2 else 4000
+        write_tile(tmp_path / f"s1/{n}.tif", s1)
+        write_tile(tmp_path / f"mask/{n}.tif", mask)
+        tag = [(42113, 2, 2, b"0\0", True)] if n % 2 else []
+        (tmp_path / "s2").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / f"s2/{n}.tif", s2, photometric="minisblack", extratags=tag,
+                         planarconfig="contig")  # fmt: skip
+        lines.append(f"s1/{n}.tif,s2/{n}.tif,mask/{n}.tif,train")
+    lines[-1] = lines[-1].replace("train", "test")
+    (tmp_path / "tiles.csv").write_text("\n".join(lines))
+    args = segment.arguments(settings(tmp_path / "tiles.csv", tmp_path))
     tiles = segment.list_tiles(args)
-    setup = segment.Setup(["Blue"], [1000.0], [100.0])  # standardised, the first band IS the id
-    rows = np.arange(8)
-    windows = [(0, 0, 24, 24), (3, 5, 24, 24), (16, 16, 24, 24), (7, 0, 24, 24)] * 2
-    cuts = [segment.Cut(window, bits) for bits, window in enumerate(windows)]
-    images, replaced = segment.read_tiles(tiles, rows, cuts, setup, segment.bandcrop.Reader())
-    masks = segment.read_masks(tiles, rows, cuts)
-    ids = np.where(masks == segment.IGNORED, 0, masks + 1)
-    assert np.abs(images[:, 0] - ids).max() < 1e-4 and replaced == 0
-    for row, (window, bits) in enumerate(cuts):
-        top, left, side, _ = window
-        whole = tifffile.imread(tiles.masks[row])
-        assert (ids[row] == turned(whole[top : top + side, left : left + side], bits)).all()
-
-
-def test_drawn_cuts_reach_every_place_and_orientation_and_the_middle_is_the_default(
-    table, tmp_path
-):
-    tiles = segment.list_tiles(segment.arguments(settings(table, tmp_path)))
-    rows = np.zeros(3000, int)
-    cuts = segment.cut_tiles(tiles, rows, 34, np.random.default_rng(0))
-    assert {cut.window[0] for cut in cuts} == {cut.window[1] for cut in cuts} == set(range(7))
-    assert {cut.orient for cut in cuts} == set(range(8))
-    assert segment.cut_tiles(tiles, rows[:1], 34, None) == [segment.Cut((3, 3, 34, 34), 0)]
-    assert segment.cut_tiles(tiles, rows[:1], None, None) == [segment.Cut((0, 0, 40, 40), 0)]
-
-
-def test_a_mask_id_that_is_neither_class_nor_ignored_is_refused(table, tmp_path, capsys):
-    argv = settings(table, tmp_path, "--classes", "a,b,c")
-    refused(capsys, 1, argv, "id 4", "--ignore", "mask/")
-    args = segment.arguments(settings(table, tmp_path, "--classes", "z,a,c,d", "--ignore", "2,9"))
-    assert segment.list_tiles(args).classes == {0: "z", 1: "a", 3: "c", 4: "d"}
+    mean, std = segment.band_statistics(tiles, np.arange(3), ["Blue"], args)
+    pixels = [tifffile.imread(tmp_path / f"s2/{n}.tif")[..., 0].astype(float) for n in range(3)]
+    pixels[1] = pixels[1][20:]  # tile 1 alone calls 0 nodata
+    every = np.concatenate([p.ravel() for p in pixels])
+    assert mean == pytest.approx([every.mean()]) and std == pytest.approx([every.std()])
 
 
 # ------------------------------------------------------------------------------------- measures
-def test_measures_equal_scikit_learn_on_the_pixels_that_count():
+def test_measures_equal_scikit_learns_over_the_classes_of_the_truth():
     rng = np.random.default_rng(0)
-    truth, said = (
-        rng.choice([0, 1, 2, 4, segment.IGNORED], (3, 50, 50)),
-        rng.integers(0, 4, (3, 50, 50)),
-    )
+    truth = rng.choice([0, 1, 2, 4, segment.IGNORED], (3, 50, 50)).astype(np.uint8)
+    said = rng.integers(0, 4, (3, 50, 50))
     classes = list("abcdef")  # f: in neither; e: in truth alone; d: predicted alone
     found = segment.map_metrics(segment.count_pixels(truth, said, 6), classes)
     counts = truth != segment.IGNORED
     y, p = truth[counts], said[counts]
-    assert found["miou"] == pytest.approx(jaccard_score(y, p, average="macro", labels=range(5)))
-    assert found["aa"] == pytest.approx(recall_score(y, p, average="macro", labels=[0, 1, 2, 4]))
+    held = [0, 1, 2, 4]
+    assert found["miou"] == pytest.approx(jaccard_score(y, p, average="macro", labels=held))
+    assert found["aa"] == pytest.approx(recall_score(y, p, average="macro", labels=held))
     assert found["pixel_accuracy"] == pytest.approx((y == p).mean())
-    assert list(found["iou_per_class"]) == list("abcde")
-    assert list(found["recall_per_class"]) == list("abce")
+    assert [*found["iou_per_class"].values()] == pytest.approx(
+        jaccard_score(y, p, average=None, labels=held)
+    )
+    assert found["classes"] == [*found["iou_per_class"]] == [*found["recall_per_class"]]
+    assert (found["classes"], found["only_predicted"]) == (list("abce"), ["d"])
     assert found["confusion"] == confusion_matrix(y, p, labels=range(6)).tolist()
+
+
+def test_one_pixel_given_to_a_class_that_the_truth_lacks_hardly_moves_miou():
+    truth = np.repeat([0, 1], 5000)
+    said = np.where(np.arange(10000) % 3, truth, 1 - truth)
+    before = segment.map_metrics(segment.count_pixels(truth, said, 3), list("abc"))
+    said[0] = 2
+    after = segment.map_metrics(segment.count_pixels(truth, said, 3), list("abc"))
+    assert abs(before["miou"] - after["miou"]) < 1e-3
+    assert after["only_predicted"] == ["c"] and before["only_predicted"] == []
+
+
+def test_each_prediction_is_held_against_its_own_mask(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment, "ENCODE_BATCH", 3)
+    monkeypatch.setattr(segment, "feature_maps", lambda encoder, x: x)  # an image IS its mask's ids
+    monkeypatch.setattr(segment, "predict_scores", lambda decoder, x, size: -(x - torch.arange(1, 5)
+                        .view(1, 4, 1, 1)).abs())  # fmt: skip
+    tiles = segment.list_tiles(segment.arguments(settings(table, tmp_path)))
+    rows, spent = np.arange(1, 12), {"read": 0.0, "replaced": 0}
+    norm, cpu = ([1000.0], [100.0]), torch.device("cpu")
+    batches = segment.read_images(tiles, rows, ["Blue"], norm, cpu, spent)
+    names = [tiles.names[row] for row in rows]
+    model = {"encoder": None, "decoder": None}
+    confusion, shown = segment.evaluate(model, batches, tiles.masks[rows], names, 4, 3)
+    counts = np.bincount(tiles.masks[rows].ravel(), minlength=256)[:4]
+    assert confusion.tolist() == np.diag(counts).tolist()
+    assert [name for name, *_ in shown] == [f"mask/{n}.tif" for n in (1, 6, 11)]
+    for n, (_, image, truth, said) in zip((1, 6, 11), shown, strict=True):
+        ids = tifffile.imread(table.parent / f"mask/{n}.tif")
+        assert np.abs(image[0] - ids).max() < 1e-4
+        assert (truth == tiles.masks[n]).all() and (said[ids > 0] + 1 == ids[ids > 0]).all()
 
 
 # -------------------------------------------------------------------------------------- encoder
@@ -142,7 +236,7 @@ def test_dilation_by_hand_is_torchvisions():
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=stretch).eval()
     ours = segment.dilate(segment.build_encoder("resnet50", 3))
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
-    x = torch.randn(1, 3, 48, 48)
+    x = torch.randn(1, 3, 48, 48).contiguous(memory_format=torch.channels_last)
     body = torch.nn.Sequential(*list(theirs.children())[:-2])
     with torch.no_grad():
         assert torch.equal(segment.feature_maps(ours, x), body(x))
@@ -150,35 +244,30 @@ def test_dilation_by_hand_is_torchvisions():
         assert segment.feature_maps(small, x[:, :1]).shape == (1, 512, 6, 6)
 
 
-def test_training_from_the_cache_gives_what_training_without_it_gives(table, tmp_path):
-    for name, more in (("memory", []), ("file", ["--cache-gb", 0]), ("none", ["--no-cache"])):
-        segment_run(table, tmp_path / name, *more)
-    [memory], [file], [none] = (results(tmp_path / n) for n in ("memory", "file", "none"))
-    assert memory["config"]["cached"] and file["config"]["cached"] and not none["config"]["cached"]
-    assert memory["metrics"] == file["metrics"] == none["metrics"]
-    assert memory["config"]["losses"] == file["config"]["losses"] == none["config"]["losses"]
-    assert len(list((tmp_path / "file").iterdir())) == 1  # the temporary file is gone
+def test_encoding_in_every_epoch_gives_what_kept_features_give(table, tmp_path, monkeypatch):
+    segment_run(table, tmp_path / "kept", "--size", 32)
+    monkeypatch.setattr(segment, "free_memory", lambda device: 0)
+    segment_run(table, tmp_path / "anew", "--size", 32)
+    [kept], [anew] = results(tmp_path / "kept"), results(tmp_path / "anew")
+    assert kept["config"]["cached"] and not anew["config"]["cached"]
+    assert kept["metrics"] == anew["metrics"]
+    assert kept["config"]["losses"] == anew["config"]["losses"]
 
 
 @pytest.mark.parametrize(("bf16", "error"), [(False, 1e-4), (True, 0.1)])
-def test_the_cache_holds_each_tiles_own_features(table, tmp_path, monkeypatch, bf16, error):
+def test_kept_features_are_each_tiles_own(table, tmp_path, monkeypatch, bf16, error):
     monkeypatch.setattr(segment, "native_bf16", lambda device: bf16)
+    monkeypatch.setattr(segment, "ENCODE_BATCH", 2)
     tiles = segment.list_tiles(segment.arguments(settings(table, tmp_path)))
-    setup, rows = segment.Setup(["NIR"], [1500.0], [900.0]), np.arange(8)
+    images = torch.from_numpy(images_of(tiles, np.arange(3), ["NIR"], ([1500.0], [900.0])))
     torch.manual_seed(0)
     encoder = segment.dilate(segment.build_encoder("resnet18", 1)).requires_grad_(False)
-    cuts = segment.cut_tiles(tiles, rows, None, None)
-    spent = {"read": 0.0, "replaced": 0}
-    batches = segment.read_ahead(tiles, rows, cuts, setup, 3, spent)
-    features, masks = segment.cache_features(encoder, batches, 8, 1.0, tmp_path)
-    rounded = torch.from_numpy(features).bfloat16().float().numpy()
-    assert features.dtype == np.float32 and np.array_equal(features, rounded) == bf16
-    for row in rows:
+    kept = segment.keep_features(encoder, images)
+    assert kept.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    for row in range(3):
         image = (tifffile.imread(tiles.files[row][0])[..., 3] - 1500.0) / 900.0
         alone = segment.feature_maps(encoder, torch.from_numpy(image).float()[None, None])
-        np.testing.assert_allclose(features[row], alone[0], rtol=1e-3, atol=error)
-        ids = np.where(masks[row] == segment.IGNORED, 0, masks[row] + 1)
-        assert (ids == tifffile.imread(tiles.masks[row])).all()
+        np.testing.assert_allclose(kept[row].float(), alone[0], rtol=1e-3, atol=error)
 
 
 def test_an_encoder_that_drifts_fails_the_run_and_writes_nothing(
@@ -196,43 +285,27 @@ def test_an_encoder_that_drifts_fails_the_run_and_writes_nothing(
 
 
 def test_only_the_decoder_learns_unless_scratch(table, tmp_path, monkeypatch):
-    train, seen = segment.train_decoder, {}
+    train, seen = segment.train_decoder, []
 
-    def spy(model, batches_of, args, *rest):
+    def spy(model, *rest):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        losses = train(model, batches_of, args, *rest)
-        moved = {
-            k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])
-        }
-        seen[args.weights.kind] = moved
+        losses = train(model, *rest)
+        after = model.state_dict()
+        seen.append({k.split(".")[0] for k in before if not torch.equal(after[k], before[k])})
+        assert not any(module.training for module in model.modules())
         return losses
 
     monkeypatch.setattr(segment, "train_decoder", spy)
-    segment_run(table, tmp_path, "--epochs", 1)
-    segment_run(table, tmp_path, "--epochs", 1, "--weights", "scratch")
-    assert seen == {"random": {"decoder"}, "scratch": {"encoder", "decoder"}}
+    segment_run(table, tmp_path, "--epochs", 1, "--size", 32)
+    segment_run(table, tmp_path, "--epochs", 1, "--size", 32, "--weights", "scratch")
+    assert seen == [{"decoder"}, {"encoder", "decoder"}]
 
 
 def test_a_decoder_learns_a_band_that_is_the_mask(table, tmp_path):
-    segment_run(table, tmp_path, "--epochs", 15)
+    segment_run(table, tmp_path, "--epochs", 8, "--size", 32)
     [result] = results(tmp_path)
     losses = result["config"]["losses"]
     assert losses[-1] < 0.9 * losses[0]
-
-
-def test_coco_weights_give_their_own_encoder(tmp_path):
-    torch.manual_seed(0)
-    whole = torchvision.models.segmentation.deeplabv3_resnet50(
-        weights=None, weights_backbone=None, aux_loss=True
-    ).eval()
-    torch.save(whole.state_dict(), tmp_path / "coco.pth")
-    weights = segment.find_weights(f"coco:{tmp_path / 'coco.pth'}")
-    encoder, arch = segment.load_encoder(weights, "resnet18", 1)
-    x = torch.randn(1, 1, 40, 40)
-    with torch.no_grad():
-        maps = segment.feature_maps(segment.dilate(encoder), x)
-        assert arch == "resnet50"
-        assert torch.equal(maps, whole.backbone(x.repeat(1, 3, 1, 1))["out"])
 
 
 def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(
@@ -251,76 +324,152 @@ def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_without_a_pixel_that_counts_is_passed_over(table, tmp_path):
-    lines = ["s1,s2,mask,split"]
-    for n in range(12):  # six of eight training masks are ignored: of four batches two at least
-        s1, s2, mask = coded(n, 40)
-        tiles = {"s1": s1, "s2": s2, "mask": mask * (n >= 6)}
-        for kind, pixels in tiles.items():
-            write_tile(tmp_path / kind / f"{n}.tif", pixels)
-        lines.append(f"s1/{n}.tif,s2/{n}.tif,mask/{n}.tif,{'train' if n < 8 else 'test'}")
-    (tmp_path / "tiles.csv").write_text("\n".join(lines))
-    segment_run(tmp_path / "tiles.csv", tmp_path / "out", "--batch-size", 2)
+def test_batches_are_never_of_one_tile_and_never_more_than_one_too_large():
+    assert [len(part) for part in torch.arange(5).tensor_split(segment.batches(5, 2))] == [3, 2]
+    for count in range(2, 40):
+        for size in range(2, 20):
+            parts = torch.arange(count).tensor_split(segment.batches(count, size))
+            assert all(2 <= len(part) <= size + 1 for part in parts)
+
+
+def test_five_tiles_train_with_a_batch_size_of_two(table, tmp_path):
+    more = ["--split", "random", "--num-images", 5, "--batch-size", 2, "--epochs", 1]
+    segment_run(table, tmp_path, *more, "--size", 32)
+    assert results(tmp_path)[0]["config"]["train"] == 5
+
+
+def test_tiles_without_a_pixel_that_counts_are_left_out_and_said(table, tmp_path, capsys):
+    numbers = iter(range(12))
+    other = write_masks(table, tmp_path / "data", lambda mask: mask * (next(numbers) >= 5))
+    segment_run(other, tmp_path / "out", "--epochs", 1, "--batch-size", 2)
     [result] = results(tmp_path / "out")
-    losses = result["config"]["losses"]
-    assert len(losses) == 2 and all(0 < loss < 9 for loss in losses)
+    assert (result["subset"], result["config"]["train"]) == (8, 3)
+    assert all(0 < loss < 9 for loss in result["config"]["losses"])
+    assert "8 tiles to train, 5 of them without a pixel that counts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda n, mask: mask * (n >= 8), ("8 tiles to train, of which 0", "2 are needed")),
+        (lambda n, mask: mask * (n < 8), ("4 tiles to test, of which 0", "1 are needed")),
+        (lambda n, mask: np.minimum(mask, 1), ("'a' is the only class", "nothing to learn")),
+    ],
+)
+def test_masks_that_teach_or_test_nothing_are_refused(table, tmp_path, capsys, edit, words):
+    numbers = iter(range(12))
+    other = write_masks(table, tmp_path / "data", lambda mask: edit(next(numbers), mask))
+    refused(capsys, 1, settings(other, tmp_path), *words)
+    assert results(tmp_path) == []
 
 
 # -------------------------------------------------------------------------------------- results
 def test_a_result_follows_the_schema_and_a_rerun_skips_it(table, tmp_path, monkeypatch, capsys):
-    segment_run(table, tmp_path, "--seeds", 2, "--maps", 3)
+    segment_run(table, tmp_path, "--seeds", 2, "--maps", 3, "--epochs", 1)
+    said = capsys.readouterr().out
     first, second = results(tmp_path)
     assert first["stage"] == "segment" and first["schema"] == 1 and first["split"] == "official"
     assert (first["bands"], first["subset"], first["seed"], second["seed"]) == (["Blue"], 8, 0, 1)
     assert set(first["metrics"]) == {
-        "miou", "aa", "pixel_accuracy", "iou_per_class", "recall_per_class", "confusion"
+        "miou", "aa", "pixel_accuracy", "iou_per_class", "recall_per_class", "confusion",
+        "classes", "only_predicted",
     }  # fmt: skip
     masks = [tifffile.imread(table.parent / f"mask/{n}.tif") for n in range(8, 12)]
     assert np.sum(first["metrics"]["confusion"]) == sum((mask > 0).sum() for mask in masks)
     assert {"size", "arch", "classes", "train", "test", "lr", "losses"} <= set(first["config"])
+    assert set(first["seconds"]) == {"read", "encode", "train"}
     sheets = list(tmp_path.glob("*-maps.png"))
     assert len(sheets) == 2 and Image.open(sheets[0]).size[1] > Image.open(sheets[0]).size[0]
+    for path in tmp_path.iterdir():
+        assert f"wrote {path}" in said
+    table_of = [line for line in said.splitlines() if line.startswith("Blue  ")]
+    scores = [result["metrics"]["miou"] for result in (first, second)]
+    low, high = scipy.stats.t.interval(0.95, 1, np.mean(scores), scipy.stats.sem(scores))
+    assert f"{np.mean(scores):.3f} ± {(high - low) / 2:.3f}" in table_of[0]
     monkeypatch.setattr(segment, "train_decoder", lambda *_: pytest.fail("trained again"))
-    segment_run(table, tmp_path, "--seeds", 2, "--maps", 3)
+    segment_run(table, tmp_path, "--seeds", 2, "--maps", 3, "--epochs", 1)
     assert capsys.readouterr().out.count("done before") == 2
 
 
-def test_an_interrupted_run_resumes_to_the_same_result(table, tmp_path, monkeypatch):
-    segment_run(table, tmp_path / "whole", "--epochs", 4)
-    monkeypatch.setattr(segment, "CHECKPOINT_SECONDS", 0.0)
-    save, saves = segment.save_checkpoint, []
-
-    def interrupted(*args):
-        save(*args)
-        saves.append(1)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(segment, "save_checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        segment_run(table, tmp_path / "cut", "--epochs", 4)
-    assert results(tmp_path / "cut") == [] and len(list((tmp_path / "cut").iterdir())) == 1
-    segment_run(table, tmp_path / "cut", "--epochs", 4)
-    assert len(saves) == 3  # epochs 1 and 2 were not trained again
-    [whole], [cut] = results(tmp_path / "whole"), results(tmp_path / "cut")
-    assert whole["config"]["losses"] == cut["config"]["losses"]
-    assert whole["metrics"] == cut["metrics"]
-    assert len(list((tmp_path / "cut").iterdir())) == 1  # the checkpoint is gone
+def save_encoder(path: Path, seed: int) -> str:
+    about = {"name": "RS-BYOL-1", "mode": "single", "arch": "resnet18", "seed": "0"}
+    about |= {"bands": '["Blue", "NIR"]', "mean": "[1100, 1500]", "std": "[200, 800]"}
+    safetensors.torch.save_file(
+        {"conv1.weight": torch.full((64, 1, 7, 7), 1.0 + seed)}, path, about
+    )
+    return str(path)
 
 
-def test_augmented_training_draws_anew_in_every_epoch(table, tmp_path, monkeypatch):
-    drawn, draw = [], segment.cut_tiles
+@pytest.fixture
+def instant(monkeypatch):
+    """Runs whose model is nothing: what is left is which files they would write."""
 
-    def spy(tiles, rows, size, rng):
-        cuts = draw(tiles, rows, size, rng)
-        if rng is not None:
-            drawn.append(cuts)
-        return cuts
+    class Nothing(torch.nn.Module):
+        width = 1
 
-    monkeypatch.setattr(segment, "cut_tiles", spy)
-    segment_run(table, tmp_path, "--augment", "--size", 32)
-    assert len(drawn) == 2 and drawn[0] != drawn[1]
-    assert not results(tmp_path)[0]["config"]["cached"]
+    deeplab = torchvision.models.segmentation.deeplabv3
+    monkeypatch.setattr(deeplab, "DeepLabHead", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(segment, "load_encoder", lambda *_: Nothing())
+    monkeypatch.setattr(segment, "dilate", lambda encoder: encoder)
+    monkeypatch.setattr(segment, "keep_features", lambda encoder, images: images)
+    monkeypatch.setattr(segment, "reestimate_batchnorm", lambda *_: None)
+    monkeypatch.setattr(segment, "train_decoder", lambda *_: [1.0])
+    monkeypatch.setattr(segment, "evaluate", lambda *args: (np.eye(args[4], dtype=int), []))
+
+
+def test_whatever_determines_a_result_makes_another_one_when_it_changes(
+    table, tmp_path, instant, monkeypatch, capsys
+):
+    def copied(name):
+        shutil.copytree(table.parent, tmp_path / name)
+        return tmp_path / name / "tiles.csv"
+
+    def changed(path, at, value):
+        pixels = tifffile.imread(path)
+        size = path.stat().st_size
+        pixels[at] = value
+        write_tile(path, pixels)
+        assert path.stat().st_size == size
+
+    here, out = copied("here"), tmp_path / "out"
+    weights = [save_encoder(tmp_path / f"{n}.safetensors", n) for n in range(2)]
+    base = ["--weights", weights[0], "--num-images", 6]
+    seen = set()
+
+    def new(*more, root=here, band="B02", s2="B02,B03,B04,B08"):
+        before = set(out.glob("*.json"))
+        segment_run(root, out, *base, "--s2-bands", s2, *more, band=band)
+        made = set(out.glob("*.json")) - before
+        assert "done before" in capsys.readouterr().out or made
+        seen.update(made)
+        return len(made)
+
+    assert new() == 1 and new() == 0  # the same again: nothing
+    flags = [
+        ("--epochs", 3), ("--batch-size", 3), ("--lr", 0.02), ("--size", 32),
+        ("--bn", "reestimate"), ("--stats", "encoder"), ("--num-images", 5), ("--seeds", 2),
+        ("--split", "random"),
+        ("--ignore", "4"), ("--classes", "a,b,c,e"), ("--classes", "z,a,b,c,d", "--ignore", "77"),
+        ("--classes", "a,b,c", "--ignore", "0,4"), ("--weights", weights[1]),
+        ("--weights", "random"), ("--weights", "random", "--arch", "resnet34"),
+        ("--weights", "scratch"),
+    ]  # fmt: skip
+    for flag in flags:
+        assert new(*flag) == 1, flag
+        assert new(*flag) == 0, flag
+    assert new(band="B08") == 1
+    assert new(s2="B08,B03,B04,B02") == 1  # the band order corrected
+    assert new(root=copied("there")) == 1  # another archive with the same names
+    for kind, at in (("s2", (0, 0, 0)), ("s1", (0, 0, 0)), ("mask", (0, 0))):
+        changed(here.parent / kind / "0.tif", at, 3)
+        assert new() == 1, kind
+    changed(here.parent / "s2/11.tif", (5, 5, 0), 4000)  # a test tile
+    assert new() == 1
+    here.write_text(here.read_text().replace("7.tif,train", "7.tif,test"))
+    assert new() == 1
+    monkeypatch.setattr(segment, "native_bf16", lambda device: True)
+    assert new() == 1
+    assert len(seen) == len(flags) + 10
 
 
 # ------------------------------------------------------------------------------ data and errors
@@ -354,26 +503,30 @@ def test_both_dfc2020_layouts_are_read(tmp_path, copernicus, types):
         assert len(train) == 4 and len(test) == 2 and fewer
         assert all("validation" in tiles.names[row] for row in train)
         assert len(tiles.classes) == labels
-        cuts = segment.cut_tiles(tiles, train, None, None)
-        masks = segment.read_masks(tiles, train, cuts)
-        raw = np.stack([tifffile.imread(tiles.masks[row]) for row in train])
+        raw = np.stack([tifffile.imread(root / tiles.names[row]) for row in train])
         ignored = np.isin(raw, [0, 3, 8] if labels == 8 else [0])
+        masks = tiles.masks[train]
         assert ((masks == segment.IGNORED) == ignored).all()
-        back = np.array(list(tiles.classes))[np.where(ignored, 0, masks)]
-        assert (back[~ignored] == raw[~ignored]).all()
-        mean, std = segment.band_statistics(tiles, train, ["SAR1", "NNIR"])
+        ids = np.array([segment.LAND_COVER.index(name) + 1 for name in tiles.classes])
+        assert (ids[masks[~ignored]] == raw[~ignored]).all()
         s1 = np.stack([tifffile.imread(tiles.files[row][1])[..., 0] for row in train])
         s2 = np.stack([tifffile.imread(tiles.files[row][0])[..., 8] for row in train])
+        mean, std = segment.band_statistics(tiles, train, ["SAR1", "NNIR"], args)
         assert mean == pytest.approx([s1.mean(), s2.mean()], rel=1e-5)
-        setup = segment.Setup(["SAR1", "NNIR"], mean, std)
-        images, _ = segment.read_tiles(tiles, train, cuts, setup, segment.bandcrop.Reader())
+        images = images_of(tiles, train, ["SAR1", "NNIR"], (mean, std))
         np.testing.assert_allclose(images[:, 0], (s1 - mean[0]) / std[0], atol=1e-4)
         np.testing.assert_allclose(images[:, 1], (s2 - mean[1]) / std[1], atol=1e-4)
 
 
+def test_a_list_that_is_no_text_is_one_line(tmp_path, capsys):
+    root = write_dfc2020(tmp_path / "dfc2020_s1s2", True)
+    (root / "dfc-val-new.csv").write_bytes(b"\x89PNG\r\n\x1a\n\0\xff")
+    argv = ["--dataset", "dfc2020", "--root", str(root), "--band", "VV", "--out", str(tmp_path)]
+    refused(capsys, 1, argv, "dfc-val-new.csv", "PNG", "no name of a mask")
+
+
 def test_random_split_draws_the_number_asked_for_and_tests_on_the_rest(table, tmp_path):
     args = segment.arguments(settings(table, tmp_path, "--split", "random", "--num-images", 5))
-    args.split = "random"
     tiles = segment.list_tiles(args)
     train, test, fewer = segment.split_tiles(tiles, args, 0)
     assert len(train) == 5 and sorted([*train, *test]) == list(range(12)) and not fewer
@@ -381,6 +534,25 @@ def test_random_split_draws_the_number_asked_for_and_tests_on_the_rest(table, tm
     args.num_images = 900
     train, test, fewer = segment.split_tiles(tiles, args, 0)
     assert (len(train), len(test), fewer) == (10, 2, True)
+
+
+def test_the_official_split_trains_on_all_that_is_not_test(table, tmp_path):
+    args = segment.arguments(settings(table, tmp_path, "--split", "official"))
+    part = ["train"] * 5 + ["val"] * 3 + ["test"] * 4
+    tiles = segment.list_tiles(args)._replace(part=part)
+    train, test, _ = segment.split_tiles(tiles, args, 0)
+    assert [*train] == [0, 1, 2, 3, 4, 5, 6, 7] and [*test] == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_file_in_two_rows_is_refused_by_name(table, tmp_path, capsys, column):
+    for kind in ("s1", "s2", "mask"):
+        (tmp_path / kind).symlink_to(table.parent / kind)
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    rows[9][column] = "s1/../" + rows[2][column]  # row 2 trains, row 9 tests
+    (tmp_path / "tiles.csv").write_text("\n".join(map(",".join, rows)))
+    argv = settings(tmp_path / "tiles.csv", tmp_path)
+    refused(capsys, 1, argv, f"{rows[2][column]}: comes twice")
 
 
 @pytest.mark.skipif(not (REAL / "bigearthnet").is_dir(), reason="no ../shared/data/bigearthnet")
@@ -394,19 +566,44 @@ def test_real_bigearthnet_tiles_run(tmp_path):
     assert -30 < result["config"]["mean"][0] < -5  # dB
 
 
-def test_wrong_use_and_bad_data_end_in_one_line(table, tmp_path, capsys):
+def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     dfc = ["--dataset", "dfc2020", "--band", "RE5"]
-    refused(capsys, 2, [*dfc, "--root", str(tmp_path / "none")], "dfc2020.zip", segment.DFC2020_MD5)
+    refused(capsys, 2, [*dfc, "--root", str(tmp_path / "none")], "dfc2020.zip", "md5 f10ba017")
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--out", str(tmp_path)], "no DFC2020")
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--classes", "9"], "--classes 9", "8 or 10")
+    refused(capsys, 2, [*dfc, "--epochs", "x"], "--epochs", "'x'", "--help")
     refused(capsys, 2, settings(table, tmp_path, band="RE5"), "RE5 (B05)", "NIR")
     refused(capsys, 2, settings(table, tmp_path, "--batch-size", 1), "--batch-size 1")
     for lr in ("0", "-0.1", "nan", "1e39"):
         refused(capsys, 2, settings(table, tmp_path, f"--lr={lr}"), "--lr", "above 0")
+    for classes in ("a", "a,b,a", "a,,b"):
+        refused(capsys, 2, settings(table, tmp_path, "--classes", classes), f"--classes {classes}")
+    refused(capsys, 2, settings(table, tmp_path, "--ignore", "0,x"), "--ignore 0,x", "whole")
+    for device in ("mps", "cuda:99", "gpu"):
+        refused(capsys, 2, settings(table, tmp_path, "--device", device), f"--device {device}")
+    refused(capsys, 2, settings(table, tmp_path, "--s2-bands", "B02,B03,B4,B08"), "'B4'")
+    refused(capsys, 2, settings(table, tmp_path, "--s2-bands", "VV,B03,B04,B08"), "SAR1", "name it")
     refused(capsys, 1, settings(table, tmp_path, "--size", 64), "40 x 40", "--size")
-    broken = tmp_path / "tiles.csv"
-    broken.write_text("s1,s2,mask\na,b,c")
-    refused(capsys, 1, settings(broken, tmp_path), "missing beside its mask")
-    broken.write_text("s1,s2\na,b")
-    refused(capsys, 1, settings(broken, tmp_path), "'mask'")
     assert results(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("s1,s2\na,b", ("line 1", "mask")),
+        ("s1,s2,mask\na,b,c", ("/c:", "No such file")),
+        ("s1,s2,mask\na,b", ("line 2",)),
+        ('s1,s2,mask\n"a,b,c\na,b,c', ("line 2",)),
+        ("s1;s2;mask\na;b;c", ("line 1", "';'")),
+        ("s1,s2,mask,split\na,b,c,training", ("line 2", "'training'")),
+        ("s1,s2,mask\n", ("no row",)),
+    ],
+)
+def test_a_fault_of_the_table_is_one_line_with_its_place(tmp_path, capsys, text, words):
+    (tmp_path / "tiles.csv").write_text(text)
+    refused(capsys, 1, settings(tmp_path / "tiles.csv", tmp_path), *words)
+
+
+def test_a_table_that_is_a_named_pipe_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "tiles.csv")
+    refused(capsys, 2, settings(tmp_path / "tiles.csv", tmp_path), "tiles.csv")
