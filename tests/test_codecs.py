@@ -310,6 +310,7 @@ def test_zstd_frames_that_do_not_say_their_length_are_read(tmp_path):
 # --- libraries that are not there --------------------------------------------------------------
 
 
+@pytest.mark.fuzz  # builds the extension once more
 def test_a_missing_codec_library_is_named_and_the_rest_works(tmp_path, bare_build):
     process, folder = bare_build
     output, _ = process.communicate(timeout=300)
