@@ -3,10 +3,10 @@
     python analyze.py results/                             # report/index.html, and runs/'s curves
     python analyze.py results/demo --runs runs/demo --out report/demo
 
-In: the JSON of probe.py and segment.py (schema 1), with NAME-cam.png and NAME-maps.png beside
-NAME.json; embeddings (*.npz: features [N, D], labels [N]); log.jsonl, config.json and views.png of
-pretrain.py. Out: index.html (self-contained), tables.md, tables.csv, tables.tex, tests.csv and
-figures as PNG and SVG; files of these names are replaced, others are left alone.
+In: the JSON of probe.py and segment.py (schema 1), with NAME-cam.png, NAME-maps.png and
+NAME-embeddings.npz beside NAME.json; log.jsonl, config.json and views.png of pretrain.py.
+Out: index.html (self-contained), tables.md, tables.csv, tables.tex, tests.csv and figures as PNG
+and SVG; files of these names are replaced, others are left alone.
 
 A value is the mean over seeds ± its 95 % t-interval; what is missing is a dash. Where seeds redraw
 the split, their test and training images overlap from seed to seed: the interval and the tests over
@@ -214,11 +214,11 @@ LOGGED = {  # in log.jsonl: how the figure names it
 class Run:
     """A folder of pretrain.py; `log`: its log as columns, NaN where a line lacks the value."""
 
-    def __init__(self, log: Path, root: Path) -> None:
+    def __init__(self, log: Path) -> None:
         config = json.loads(log.with_name("config.json").read_text(encoding="utf-8"))
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         steps = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
-        self.folder, self.name = log.parent, clean(str(log.parent.relative_to(root)))
+        self.folder, self.name = log.parent, clean(str(log.parent))
         self.synthetic = config["pairs"]["synthetic"] is True
         self.log = {key: np.array([step.get(key) for step in steps], float)
                     for key in ("step", *LOGGED)}  # fmt: skip
@@ -472,11 +472,13 @@ class Table:
         self.recipes = find_recipes(results)  # row: the rows of its pre-trainings
         names = {r.label: r.name for r in results}
         names |= {row: names[members[0]] for row, members in self.recipes.items()}
+        order = [*WEIGHTS.values(), *sorted(names.values())]
         self.rows = sorted(names, key=lambda row: (
-            place(names[row], [*WEIGHTS.values()]), names[row], row not in self.recipes, row
+            order.index(names[row]), row not in self.recipes, row
         ))  # fmt: skip
-        order = [*BANDS, *TRIPLES.values()]
-        self.bands = sorted({r.bands for r in results}, key=lambda band: (place(band, order), band))
+        bands = {r.bands for r in results}
+        order = [*BANDS, *TRIPLES.values(), *sorted(bands)]
+        self.bands = sorted(bands, key=order.index)
         self.columns = self.bands + ["mean"] * (self.channels == 1 and len(self.bands) > 1)
         self.values: dict[str, Values] = {}
         self.cells, self.tests = [], []
@@ -516,10 +518,6 @@ class Table:
         return x.shape[2], *summarise(x[0].mean(0), self.first(row).overlap)
 
 
-def place(word: str, order: list[str]) -> int:
-    return order.index(word) if word in order else len(order)
-
-
 def paper_value(r: Result, metric: str, column: str) -> str:
     """The paper's figure for one cell, as printed there; "" where it has none.
 
@@ -555,22 +553,19 @@ def section_title(r: Result, sections: list[Result]) -> str:
 def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
     """Sort results into sections, and each section into tables: of most labels first."""
     found = list(groups(without_copies(results, faults), *SECTION).values())
-    firsts = [section[0] for section in found]
-    found.sort(key=lambda s: (s[0].stage, s[0].synthetic, s[0].dataset,
-                              section_title(s[0], firsts)))  # fmt: skip
+    titles = [section_title(section[0], [s[0] for s in found]) for section in found]
+    order = sorted(zip(found, titles, strict=True), key=lambda pair: (pair[0][0].stage, pair[1]))
     sections: list[list[Table]] = []
     number = itertools.count(1)
-    for section in found:
+    for section, title in order:
         label_rows(section)
         judge_last(section)
-        title = section_title(section[0], firsts)
+        sections.append([])
         by_table = groups(section, *TABLE)
-        order = sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0]))
-        sections.append([
-            Table(next(number), title + (f"; {labels} labelled images to learn from"
-                  if labels is not None else ""), by_table[channels, labels])
-            for channels, labels in order
-        ])  # fmt: skip
+        for channels, labels in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):
+            about = f"; {labels} labelled images to learn from" if labels else ""
+            table = Table(next(number), title + about, by_table[channels, labels])
+            sections[-1].append(table)
     return sections
 
 
@@ -655,18 +650,16 @@ def verdict(tables: list[Table]) -> str:
     clauses, methods = [], []
     for table, row in rows[:3]:
         tests = judge(table, row)
-        who = row if row in table.recipes else f"this encoder, {row},"
+        who = row if row in table.recipes else f"This encoder, {row},"
         said = " and ".join(clause(test, table.digits) for test in tests)
-        clauses.append(f"{who} {said or 'stands beside no random encoder'}")
+        clauses.append(f"{who} {said or 'stands beside no random encoder'}.")
         methods += [f"{t.method}, n = {t.n}" for t in tests if t.p == t.p]
-    if len(rows) > 3:
-        clauses.append(f"{len(rows) - 3} more in the tests below")
-    text = f"{'; '.join(clauses)}."
+    text = " ".join(clauses) + f" {len(rows) - 3} more in the tests below." * (len(rows) > 3)
     if methods := "; ".join(dict.fromkeys(methods)):
         text += f" In brackets: 95 % interval and p after Holm ({methods})."
     if any(row not in table.recipes for table, row in rows):
         text += " One encoder does not speak for its recipe: that takes three pre-trainings."
-    return text[0].upper() + text[1:]
+    return text
 
 
 def notes(table: Table) -> str:
@@ -730,13 +723,13 @@ def tables_latex(tables: list[Table]) -> str:
         title = plain_latex(f"{table.title}: mean ± 95 % interval (in brackets: the paper's).")
         lines = lines_of(table, plain_latex, " ({})")
         header, *body = [" & ".join(line) + r" \\" for line in lines]
-        parts.append("\n".join([
+        parts += [
             r"\begin{table*}", r"\centering", rf"\caption{{{title}}}",
             rf"\label{{tab:rsbyol-{table.number}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{ll{'r' * len(table.columns)}}}", r"\toprule", header,
             r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}", "",
-        ]))  # fmt: skip
+        ]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -918,9 +911,8 @@ def draw_classes(table: Table):
                      for r in table.of(row) if r.bands == table.bands[j]]  # fmt: skip
             if not np.isnan(found).all():
                 values[i, j] = 100 * np.nanmean(found)
-                style = {"color": "black" if values[i, j] > 50 else "white", "fontsize": 6,
-                         "ha": "center", "va": "center", "in_layout": False}  # fmt: skip
-                axis.text(j, i, f"{values[i, j]:.0f}", **style)
+                axis.text(j, i, f"{values[i, j]:.0f}", fontsize=6, ha="center", va="center",
+                          color="black" if values[i, j] > 50 else "white")  # fmt: skip
         axis.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         axis.spines[:].set_visible(False)
         axis.set_xticks(range(len(table.bands)), table.bands, rotation=90, fontsize=7)
@@ -929,17 +921,14 @@ def draw_classes(table: Table):
     return figure
 
 
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """features float64 [n, D] and labels int [n] of at most 2,000 images, drawn with a fixed seed;
-    names of the classes, where the file has them. Without labels all are 0.
+def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """features float64 [n, D] and labels int [n] of at most 2,000 images, drawn with a fixed seed.
 
     ValueError where no t-SNE can be made (scikit-learn's ends the process on some of these): values
     that are not finite, fewer than two columns, features all alike, as a collapsed encoder's are.
     """
     with np.load(path, allow_pickle=False) as file:
-        features = file["features"]
-        labels = file["labels"] if "labels" in file.files else np.zeros(len(features), int)
-        names = tuple(map(clean, file["classes"])) if "classes" in file.files else ()
+        features, labels = file["features"], file["labels"]
     fit = features.ndim == 2 and min(features.shape) > 1 and labels.shape == features.shape[:1]
     if not fit or features.dtype.kind != "f" or labels.dtype.kind not in "iu" or len(labels) < 12:
         raise ValueError("it takes floats [12 or more, 2 or more], and for each an integer label")
@@ -951,7 +940,7 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]
     features -= features.mean(0)
     if (spread := np.abs(features).max()) < 1e-6:
         raise ValueError("all features are alike: a collapsed encoder?")
-    return features / spread, labels, names
+    return features / spread, labels
 
 
 def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: list[str]):
@@ -964,13 +953,13 @@ def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: lis
     from sklearn.manifold import TSNE  # two seconds, for this figure only
 
     figure, axes = new_figure(3.4 * len(panels), 3.6, columns=len(panels))
-    for axis, (title, features, labels, own_names) in zip(axes, panels, strict=True):
+    for axis, (title, features, labels) in zip(axes, panels, strict=True):
         tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
-        points, words = tsne.fit_transform(features), names or own_names
+        points = tsne.fit_transform(features)
         for index, c in enumerate(np.unique(labels).tolist()):
             mine, colour = points[labels == c], matplotlib.colormaps["tab20"].colors[index % 20]
             axis.scatter(*mine.T, 5, color=colour, linewidths=0, alpha=0.6)
-            word = words[c] if 0 <= c < len(words) else str(c)
+            word = names[c] if 0 <= c < len(names) else str(c)
             axis.text(*np.median(mine, axis=0), word, fontsize=6, ha="center")
         axis.set_title(short(title), fontsize=8)
         axis.set(xticks=[], yticks=[])
@@ -1041,7 +1030,12 @@ def html_image(text: str, path: Path) -> str:
             f"<figcaption>{escape(text)}</figcaption></figure>\n")  # fmt: skip
 
 
-def html_tests(table: Table) -> str:
+def html_tables(table: Table) -> str:
+    """A table as HTML, its notes, and its tests folded."""
+    header, *rows = lines_of(table, escape, "<br><small>({})</small>")
+    rows = [[cell.replace(" ± ", "<br>± ") for cell in row] for row in rows]
+    parts = [f"<h3>{escape(table.caption)}</h3>\n{html_table(header, rows, len(table.columns))}",
+             f"<p class=note>{escape(notes(table))}</p>\n"]  # fmt: skip
     header = ["", "a", "b", "test", "n", "a − b", "95 % interval (Holm)", "t", "df", "p",
               "p (Holm)", "Cohen's d"]  # fmt: skip
     rows = []
@@ -1051,18 +1045,12 @@ def html_tests(table: Table) -> str:
                  fixed(t.t, 2), fixed(t.df, 1), p_text(t.p), p_text(t.p_holm),
                  f"{fixed(t.d, 2)} {t.effect}"]  # fmt: skip
         rows.append([*map(escape, cells)])
-    note = ("Holm's correction runs over the pairs against random, those against stats and all "
-            "others apart; the interval is corrected as its p is. Bands of one sensor are alike: p "
-            "over bands is too small.")  # fmt: skip
-    return (f"<details><summary>Tests</summary>{html_table(header, rows, 7)}"
-            f"<p class=note>{note}</p></details>\n" if rows else "")  # fmt: skip
-
-
-def html_tables(table: Table) -> str:
-    header, *rows = lines_of(table, escape, "<br><small>({})</small>")
-    rows = [[cell.replace(" ± ", "<br>± ") for cell in row] for row in rows]
-    return (f"<h3>{escape(table.caption)}</h3>\n{html_table(header, rows, len(table.columns))}"
-            f"<p class=note>{escape(notes(table))}</p>\n{html_tests(table)}")  # fmt: skip
+    if rows:
+        parts.append(f"<details><summary>Tests</summary>{html_table(header, rows, 7)}<p class=note>"
+                     "Holm's correction runs over the pairs against random, those against stats and"
+                     " all others apart; the interval is corrected as its p is. Bands of one sensor"
+                     " are alike: p over bands is too small.</p></details>\n")  # fmt: skip
+    return "".join(parts)
 
 
 def examples(tables: list[Table], ending: str) -> list[tuple[str, Path]]:
@@ -1076,6 +1064,17 @@ def examples(tables: list[Table], ending: str) -> list[tuple[str, Path]]:
     return list(found.values())[:4]
 
 
+def draw_and_save(stem: Path, draw: Callable, *args: Any) -> bool:
+    """Save what draw(*args) returns as PNG and SVG; False where it is None."""
+    if (figure := draw(*args)) is None:
+        return False
+    figure.get_layout_engine().execute(figure)  # once for both: half of the time
+    figure.set_layout_engine(None)
+    figure.savefig(stem.with_suffix(".png"), dpi=150)
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    return True
+
+
 @dataclass
 class Page:
     """The pictures of a report, one by one: what fails is named and left out."""
@@ -1084,25 +1083,15 @@ class Page:
     faults: list[str]
 
     def figure(self, name: str, text: str, draw: Callable, *args: Any) -> str:
-        """A figure, also saved as PNG and SVG; "" where there is nothing to draw."""
-
-        def save() -> str:
-            if (figure := draw(*args)) is None:
-                return ""
-            figure.get_layout_engine().execute(figure)  # once for both: half of the time
-            figure.set_layout_engine(None)
-            figure.savefig(self.out / f"{name}.png", dpi=150)
-            figure.savefig(self.out / f"{name}.svg", metadata={"Date": None})
-            return html_image(text, self.out / f"{name}.svg")
-
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        return guarded(self.faults, f"figure {name}", save) or ""
+        stem = self.out / re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        drawn = guarded(self.faults, f"figure {stem.name}", draw_and_save, stem, draw, *args)
+        return self.sheet(text, stem.with_suffix(".svg")) if drawn else ""
 
     def sheet(self, text: str, path: Path) -> str:
         return guarded(self.faults, str(path), html_image, text, path) or ""
 
 
-def html_section(page: Page, tables: list[Table], tsne: bool) -> str:
+def html_section(page: Page, tables: list[Table]) -> str:
     """A section's answer with its figures and examples."""
     first, most = tables[0].results[0], main_of(tables)
     stem = f"{tables[0].number:02d}-{first.stage}-{first.dataset}"
@@ -1125,20 +1114,9 @@ def html_section(page: Page, tables: list[Table], tsne: bool) -> str:
     sheets = [(f"{text}: {what}", path) for what in ("maps", "cam")
               for text, path in examples(most, f"-{what}.png")]  # fmt: skip
     parts += ["<div class=sheets>", *itertools.starmap(page.sheet, sheets), "</div>"]
-    if tsne and (files := examples(most, "-embeddings.npz")):
+    if files := examples(most, "-embeddings.npz"):
         parts.append(page.figure(f"{stem}-tsne", "t-SNE of the test images' embeddings", draw_tsne,
                                  files, first.classes, page.faults))  # fmt: skip
-    return "".join(parts)
-
-
-def html_runs(page: Page, runs: list[Run]) -> str:
-    text = "Pre-training, by step. The std falls to 0 where the projection collapses."
-    made = " (SYNTHETIC tiles)" * runs[0].synthetic
-    parts = [f"<h2>Pre-training{made}</h2>\n", page.figure("runs", text, draw_runs, runs)]
-    for run in runs[:4]:
-        if (views := run.folder / "views.png").exists():
-            text = f"{run.name}: pairs as they are, and as the networks see them"
-            parts.append(page.sheet(text, views))
     return "".join(parts)
 
 
@@ -1154,7 +1132,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("report"), help="folder of the report (report)")
     add("--runs", type=Path, default=Path("runs") if Path("runs").is_dir() else None,
         help="folder with the runs of pretrain.py (runs, where it is)")  # fmt: skip
-    add("--no-tsne", action="store_true", help="leave out the t-SNE, the one slow figure")
     args = parser.parse_args(argv)
     for folder, writer in ((args.results, "probe.py and segment.py"), (args.runs, "pretrain.py")):
         if folder is not None and not folder.is_dir():
@@ -1162,25 +1139,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def without_synthetic(things: list, said: list[str], what: str) -> list:
-    """Synthetic data, such as the demo's, never stand beside real ones in a report."""
-    real = [thing for thing in things if not thing.synthetic]
-    if real and len(real) < len(things):
-        said.append(f"{len(things) - len(real)} {what} on synthetic images are left out: give "
-                    "their folder alone for a report on them")  # fmt: skip
-    return real or things
+def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[str]) -> list:
+    """What can be read. Synthetic data, such as the demo's, never stand beside real ones."""
+    found = [guarded(faults, str(path), kind, path) for path in sorted(files)]
+    found = [thing for thing in found if thing]
+    real = [thing for thing in found if not thing.synthetic]
+    if real and len(real) < len(found):
+        said.append(f"{len(found) - len(real)} of {len(found)} {kind.__name__.lower()}s are "
+                    "synthetic and left out: give their folder alone to see them")  # fmt: skip
+    return real or found
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     faults: list[str] = []
     said: list[str] = []
-    results = [guarded(faults, f"{path}: no result", Result, path)
-               for path in sorted(args.results.rglob("*.json"))]  # fmt: skip
-    results = without_synthetic([r for r in results if r], said, "results")
-    logs = sorted(args.runs.rglob("log.jsonl")) if args.runs else []
-    runs = [guarded(faults, f"{log}: no run", Run, log, args.runs) for log in logs]
-    runs = without_synthetic([run for run in runs if run and len(run.log["step"])], said, "runs")
+    results = read_all(Result, [*args.results.rglob("*.json")], faults, said)
+    runs = read_all(Run, [*args.runs.rglob("log.jsonl")] if args.runs else [], faults, said)
     if not results and not runs:
         fail(1, "; ".join([f"{args.results} holds no result that can be read", *faults]))
     try:
@@ -1194,13 +1169,15 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
     page = Page(args.out, faults)
     with matplotlib.rc_context(FONT):
-        answers = [html_section(page, tables, not args.no_tsne) for tables in sections]
-        loose = [(clean(path.stem), path) for path in sorted(args.results.rglob("*.npz"))
-                 if not path.stem.endswith("-embeddings")][:4]  # fmt: skip
-        if loose and not args.no_tsne:
-            answers.append(page.figure("tsne", "t-SNE of embeddings", draw_tsne, loose, (), faults))
+        answers = [html_section(page, tables) for tables in sections]
         if runs:
-            answers.append(html_runs(page, runs))
+            made = " (SYNTHETIC tiles)" * runs[0].synthetic
+            text = "By step. The std falls to 0 where the projection collapses."
+            answers += [f"<h2>Pre-training{made}</h2>\n",
+                        page.figure("runs", text, draw_runs, runs)]  # fmt: skip
+            views = [run.folder / "views.png" for run in runs]
+            answers += [page.sheet(f"{file}: pairs as they are, and as the networks see them", file)
+                        for file in views if file.exists()][:4]  # fmt: skip
     every = [table for tables in sections for table in tables]
     left_out = "".join(f"<li>{escape(fault)}</li>" for fault in said + faults)
     text = "".join([
