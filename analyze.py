@@ -554,7 +554,8 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
     """Sort results into sections, and each section into tables: of most labels first."""
     found = list(groups(without_copies(results, faults), *SECTION).values())
     titles = [section_title(section[0], [s[0] for s in found]) for section in found]
-    order = sorted(zip(found, titles, strict=True), key=lambda pair: (pair[0][0].stage, pair[1]))
+    order = sorted(zip(found, titles, strict=True),
+                   key=lambda pair: (pair[0][0].stage, pair[0][0].dataset, pair[1]))  # fmt: skip
     sections: list[list[Table]] = []
     number = itertools.count(1)
     for section, title in order:
