@@ -76,7 +76,7 @@ bench: build  ## speed of loader, training and probe beside others, as ratios
 	$(PY) tests/bench_loader.py
 	$(PY) tests/bench_train.py
 
-proof: build  ## pre-train and judge on real images, as README reports: hours
+proof: build  ## pre-train and judge on real images, as tests/PROOF.md reports: hours
 	tests/proof.sh $(PY)
 
 clean:  ## remove what make built; data, runs, results and the report stay

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The runs behind README's "Does it learn?": `make proof`, or tests/proof.sh PYTHON. Hours on 2 cores; stopped at any
+# The runs behind tests/PROOF.md: `make proof`, or tests/proof.sh PYTHON. Hours on 2 cores; stopped at any
 # moment, it goes on where it was: a finished run or result says so and ends.
-# DATA holds sar_rgb_pairs, bigearthnet, eurosat_rgb, eurosat and resisc45 (README, "Does it learn?").
+# DATA holds sar_rgb_pairs, bigearthnet, eurosat_rgb, eurosat and resisc45 (sources: PROOF.md).
 set -eu
 PYTHON=${1:-python}
 DATA=${DATA:-../shared/data}
@@ -77,7 +77,7 @@ BEST="$RUNS/plain-seed0/encoder-epoch0310.safetensors"
 
 # The page: the encoder that learnt, on every data set, beside random and scratch; its recipe's others
 # on the first, where analyze.py tests the four together.
-for weights in random "$BEST --bn reestimate" "scratch --epochs 5"; do
+for weights in random stats "$BEST --bn reestimate" "scratch --epochs 5"; do
     probe $RGB --band all --weights $weights
 done
 for seed in 1 2 3; do
@@ -87,10 +87,10 @@ for weights in random "$RUNS/three/encoder.safetensors --bn reestimate" \
     "$RUNS/three-plain/encoder.safetensors --bn reestimate" "scratch --epochs 5"; do
     probe $RGB --bands RGB --weights $weights
 done
-for weights in random "$BEST --bn reestimate" "scratch --epochs 50"; do
+for weights in random stats "$BEST --bn reestimate" "scratch --epochs 50"; do
     probe --dataset eurosat --root "$DATA/eurosat" --band all --weights $weights
 done
-for weights in random "$BEST --bn reestimate" "scratch --epochs 20"; do
+for weights in random stats "$BEST --bn reestimate" "scratch --epochs 20"; do
     for size in 64 128; do
         probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size $size --weights $weights
     done

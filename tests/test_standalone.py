@@ -111,19 +111,23 @@ def readme_code(word: str) -> str:
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_the_readmes_code_loads_an_encoder(library, tmp_path, monkeypatch):
-    if library == "timm":
-        pytest.importorskip("timm", reason="timm is not installed")
-    plain = torchvision.models.resnet50()
+    plain = torchvision.models.resnet18()
     plain.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
     plain.fc = torch.nn.Identity()
     monkeypatch.chdir(tmp_path)
     Path("runs/rs-byol-1").mkdir(parents=True)
-    save_file(plain.state_dict(), "runs/rs-byol-1/encoder.safetensors")
-    names: dict = {}
-    exec(readme_code(f"{library}."), names)
+    about = {"arch": "resnet18", "bands": '["Green", "Red"]', "mean": "[1, 2]", "std": "[3, 4]"}
+    save_file(plain.state_dict(), "runs/rs-byol-1/encoder.safetensors", about)
+    code = readme_code("torchvision.models")
+    if library == "timm":
+        pytest.importorskip("timm", reason="timm is not installed")
+        line = next(line for line in code.splitlines() if "timm." in line)
+        code = "import timm\n" + code.replace(line, line[line.index("encoder =") :])
     x = torch.randn(2, 1, 64, 64)
+    names: dict = {"x": x}
     with torch.no_grad():
-        assert torch.equal(names["encoder"].eval()(x), plain.eval()(x))
+        exec(code, names)
+        assert torch.equal(names["features"], plain.eval()((x - 2) / 4))
 
 
 # ---- bandcrop's docstrings and types
