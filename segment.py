@@ -37,11 +37,10 @@ NO_DFC2020 = (  # Copernicus-Bench's copy; the contest's own needs a login at ie
 LAND_COVER = (  # DFC2020's labels 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
-DROPPED = (3, 8)  # Savanna and Snow/Ice: not in the 8-class set
 IGNORED = 255  # in masks given to the loss
 UNKNOWN = 254  # while masks are read: an id that nobody has named
 ENCODE_BATCH = 16
-CACHE = 0.5  # the share of free memory that feature maps may fill
+CACHE = 0.5  # the share of memory, on a GPU of what is free, that feature maps may fill
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,7 +99,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dataset == "dfc2020":
         if args.classes not in (None, "8", "10"):
             fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
-        args.ignore = [0] if args.classes == "10" else [0, *DROPPED]
+        args.ignore = [0] if args.classes == "10" else [0, 3, 8]  # Savanna, Snow/Ice
         args.classes = [c for i, c in enumerate(LAND_COVER, 1) if i not in args.ignore]
         args.s1_bands, args.s2_bands = SEN12MS_S1, SEN12MS_S2
         args.num_images = args.num_images or 900  # paper
@@ -535,15 +534,13 @@ def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Feature maps of the images; where they take too much memory the images themselves, which are
     then encoded in every epoch: on a GPU that takes no longer than to fetch maps from the host."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if images.is_cuda:
-        free = torch.cuda.mem_get_info(images.device)[0]
-    else:
-        known = Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable: +(\d+)", known)[1]) * 1024
+        memory = torch.cuda.mem_get_info(images.device)[0]
     progress = Progress("tiles encoded")
     with autocast(images.device):
         one = feature_maps(encoder, images[:1])
-        if one.nbytes * len(images) > free * CACHE:
+        if one.nbytes * len(images) > memory * CACHE:
             return images
         maps = one.new_empty((len(images), *one.shape[1:]))
         for at in range(0, len(images), ENCODE_BATCH):
@@ -618,32 +615,26 @@ def predict(model: nn.ModuleDict, batches: Iterable[torch.Tensor]) -> np.ndarray
 
 
 # ------------------------------------------------------------------------------------- measures
-def count_pixels(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
-    """Confusion int64 [classes, classes], rows truth, over the pixels of [N, H, W] that count."""
-    confusion = np.zeros(classes * classes, np.int64)
-    for mask, guess in zip(truth, said, strict=True):  # all at once would take 8 bytes a pixel
-        counts = mask != IGNORED
-        pairs = mask[counts].astype(np.int64) * classes + guess[counts]
-        confusion += np.bincount(pairs, minlength=classes * classes)
-    return confusion.reshape(classes, classes)
-
-
-def map_metrics(confusion: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """mIoU, AA (mean recall), pixel accuracy, by class, from one confusion matrix of all pixels.
+def map_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    """mIoU, AA (mean recall), pixel accuracy, by class, over all pixels that count of [N, H, W].
 
     Means are over the classes that the truth holds, as scikit-learn's jaccard_score and
     recall_score with these as labels: pixels given to another class still are in a union.
     """
-    hits, truth, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    held = np.flatnonzero(truth)
-    iou = {classes[i]: float(hits[i] / (truth[i] + said[i] - hits[i])) for i in held}
-    recall = {classes[i]: float(hits[i] / truth[i]) for i in held}
+    confusion = np.zeros((len(classes), len(classes)), np.int64)  # rows: truth
+    for mask, guess in zip(truth, said, strict=True):  # of all at once, indices would take 16 GB
+        counts = mask != IGNORED
+        np.add.at(confusion, (mask[counts], guess[counts]), 1)
+    hits, true, given = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    held = np.flatnonzero(true)
+    iou = {classes[i]: float(hits[i] / (true[i] + given[i] - hits[i])) for i in held}
+    recall = {classes[i]: float(hits[i] / true[i]) for i in held}
     return {
         "miou": float(np.mean(list(iou.values()))),
         "aa": float(np.mean(list(recall.values()))),
-        "pixel_accuracy": float(hits.sum() / truth.sum()),
+        "pixel_accuracy": float(hits.sum() / true.sum()),
         "classes": list(iou),
-        "only_predicted": [classes[i] for i in np.flatnonzero((truth == 0) & (said > 0))],
+        "only_predicted": [classes[i] for i in np.flatnonzero((true == 0) & (given > 0))],
         "iou_per_class": iou,
         "recall_per_class": recall,
         "confusion": confusion.tolist(),
@@ -722,7 +713,7 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
     ids = [i for i in range(len(args.classes) + len(args.ignore)) if i not in args.ignore]
     numbers = {id: number for number, id in enumerate(ids[: len(args.classes)])}
     numbers |= dict.fromkeys(args.ignore, IGNORED)
-    masks, windows, progress = [], [], Progress("masks read")
+    masks, windows = [], []
     for path in paths:
         whole = bandcrop.read(path)[0]  # of any type
         height, width = whole.shape
@@ -738,7 +729,6 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
             fail(1, f"{path}: holds {strange[0]}: neither named by --classes nor in --ignore")
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
-        progress(len(masks), len(paths))
     return {"masks": np.stack(masks), "windows": np.array(windows)}
 
 
@@ -837,8 +827,9 @@ def draw_maps(
 def train_and_predict(
     args: argparse.Namespace, tiles: Tiles, rows: np.ndarray, test: np.ndarray, bands: list[str],
     norm: np.ndarray, seed: int, device: torch.device,
-) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
-    """The test tiles' classes, uint8 [N, S, S], by a decoder that learnt from the tiles `rows`."""
+) -> tuple[np.ndarray, dict[str, Any], dict[str, float]]:  # fmt: skip
+    """Classes of the test tiles, uint8 [N, S, S], by a decoder that learnt from the tiles `rows`;
+    what is to be saved of its training; the seconds that each part took."""
     clock = [time.perf_counter()]
     scratch = args.weights.source == "scratch"
     encoder = load_encoder(args.weights, args.arch, len(bands), seed).requires_grad_(scratch)
@@ -860,8 +851,8 @@ def train_and_predict(
     said = predict(model, read_images(tiles, test, bands, norm, device))
     if not scratch:
         assert_unchanged(encoder, before)
-    seconds = dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
-    return said, {"losses": losses, "cached": x is not images, "seconds": seconds}
+    about = {"losses": losses, "cached": x is not images, "mean": [*norm[0]], "std": [*norm[1]]}
+    return said, about, dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
 
 
 def run(
@@ -890,35 +881,34 @@ def run(
     print(f"{title}: {len(drawn)} tiles to train ({len(drawn) - len(used)} of them without a pixel "
           f"that counts), {len(test)} to test", flush=True)  # fmt: skip
     norm = band_statistics(tiles, drawn, bands, args)
-    said, about = train_and_predict(args, tiles, used, test, bands, norm, seed, device)
+    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed, device)
     truth = tiles.masks[test]
-    metrics = map_metrics(count_pixels(truth, said, len(classes)), classes)
+    metrics = map_metrics(truth, said, classes)
     if args.maps:
         shown = np.linspace(0, len(test) - 1, min(args.maps, len(test))).astype(int)
-        images = torch.cat(
-            [x.cpu().clone() for x in read_images(tiles, test[shown], bands, norm, device)]
-        )
+        batches = read_images(tiles, test[shown], bands, norm, torch.device("cpu"))
+        images = torch.cat([x.clone() for x in batches]).numpy()
         names = [tiles.names[row] for row in test[shown]]
-        draw_maps(png, names, images.numpy(), truth[shown], said[shown], classes)
+        draw_maps(png, names, images, truth[shown], said[shown], classes)
     unseen = check_bands(weights, bands, args.stats)
-    seconds = about.pop("seconds")
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
         "weights": {"name": weights.name, "source": weights.source, "sha256": weights.sha256},
         "config": settings | encoding | about | {
             "task": task, "identity": identity, "train": len(used), "test": len(test),
-            "mean": norm[0].tolist(), "std": norm[1].tolist(), "unseen_bands": unseen,
             "root": str(args.root), "device": device.type, "synthetic": tiles.synthetic,
-            "encoder": weights.metadata,
+            "unseen_bands": unseen, "encoder": weights.metadata,
         },
         "seconds": seconds,
     })  # fmt: skip
-    print(f"{title}: mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}")
-    absent = [name for name in classes if name not in metrics["classes"]]
-    notes = {"not in the test masks": absent, "predicted all the same": metrics["only_predicted"],
-             "never seen by the encoder": unseen}  # fmt: skip
-    for note, found in notes.items():
-        print(f"  {note}: {', '.join(found)}\n" * bool(found), end="", flush=True)
+    print(f"{title}: mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}", flush=True)
+    for found, note in (
+        ([name for name in classes if name not in metrics["classes"]], "not in the test masks"),
+        (metrics["only_predicted"], "predicted all the same"),
+        (unseen, "never seen by the encoder"),
+    ):
+        if found:
+            print(f"  {note}: {', '.join(found)}", flush=True)
     return path
 
 
