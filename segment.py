@@ -40,7 +40,7 @@ LAND_COVER = (  # DFC2020's labels 1..10
 IGNORED = 255  # in masks given to the loss
 UNKNOWN = 254  # while masks are read: an id that nobody has named
 ENCODE_BATCH = 16
-CACHE = 0.5  # the share of memory, on a GPU of what is free, that feature maps may fill
+CACHE = 0.5  # the share of free memory that feature maps may fill
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -534,13 +534,14 @@ def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Feature maps of the images; where they take too much memory the images themselves, which are
     then encoded in every epoch: on a GPU that takes no longer than to fetch maps from the host."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if images.is_cuda:
-        memory = torch.cuda.mem_get_info(images.device)[0]
+        free = torch.cuda.mem_get_info(images.device)[0]
+    else:  # kB stand there
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     progress = Progress("tiles encoded")
     with autocast(images.device):
         one = feature_maps(encoder, images[:1])
-        if one.nbytes * len(images) > memory * CACHE:
+        if one.nbytes * len(images) > free * CACHE:
             return images
         maps = one.new_empty((len(images), *one.shape[1:]))
         for at in range(0, len(images), ENCODE_BATCH):
@@ -571,7 +572,7 @@ def train_epoch(
     optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> torch.Tensor:  # fmt: skip
     """One step for each batch of rows; the mean loss. Nothing in here waits for the GPU."""
-    total = torch.zeros((), device=x.device)
+    total = 0
     for rows in batches:
         scores = predict_scores(model, x[rows], masks.shape[-2:])
         loss = nn.functional.cross_entropy(scores, masks[rows].long(), ignore_index=IGNORED)
@@ -624,7 +625,8 @@ def map_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict
     confusion = np.zeros((len(classes), len(classes)), np.int64)  # rows: truth
     for mask, guess in zip(truth, said, strict=True):  # of all at once, indices would take 16 GB
         counts = mask != IGNORED
-        np.add.at(confusion, (mask[counts], guess[counts]), 1)
+        pairs = mask[counts].astype(int) * len(classes) + guess[counts]
+        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
     hits, true, given = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     held = np.flatnonzero(true)
     iou = {classes[i]: float(hits[i] / (true[i] + given[i] - hits[i])) for i in held}
@@ -916,16 +918,17 @@ def main(args: argparse.Namespace) -> None:
     try:
         device = find_device(args.device)
         tiles = list_tiles(args)
-        has_split = args.dataset == "csv" and tiles.part
-        args.split = args.split or ("official" if has_split else "random")
+        if args.split is None:
+            args.split = "official" if args.dataset == "csv" and tiles.part else "random"
         asked = requested_bands(args.bands, tiles.bands, args.dataset)
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
         print(f"{len(tiles.names)} tiles, {len(args.classes)} classes; {args.weights.name} "
               f"({args.weights.source}) on {device}, {'bf16' if native_bf16(device) else 'fp32'}",
               flush=True)  # fmt: skip
-        seeds = range(args.seeds)
-        paths = [run(args, tiles, bands, seed, device) for bands in asked for seed in seeds]
+        paths = [
+            run(args, tiles, bands, seed, device) for bands in asked for seed in range(args.seeds)
+        ]
         for metric in ("miou", "aa"):
             print_table(args.out, paths, metric)
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile

@@ -238,6 +238,8 @@ def test_encoding_in_every_epoch_gives_what_kept_features_give(table, tmp_path, 
     assert kept["config"]["cached"] and not anew["config"]["cached"]
     assert kept["metrics"] == anew["metrics"]
     assert kept["config"]["losses"] == anew["config"]["losses"]
+    first, last = kept["config"]["losses"]
+    assert last < first
 
 
 @pytest.mark.parametrize(("bf16", "error"), [(False, 1e-4), (True, 0.1)])
@@ -285,13 +287,6 @@ def test_only_the_decoder_learns_unless_scratch(table, tmp_path, monkeypatch):
     segment_run(table, tmp_path, "--epochs", 1, "--size", 32)
     segment_run(table, tmp_path, "--epochs", 1, "--size", 32, "--weights", "scratch")
     assert seen == [{"decoder"}, {"encoder", "decoder"}]
-
-
-def test_a_decoder_learns_a_band_that_is_the_mask(table, tmp_path):
-    segment_run(table, tmp_path, "--epochs", 8, "--size", 32)
-    [result] = results(tmp_path)
-    losses = result["config"]["losses"]
-    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(
