@@ -7,11 +7,10 @@
         --classes urban,crops,forest,shrub,wetland,water --band NIR --arch resnet18
 
 One JSON in --out for each band and seed, and at the end a table beside random weights. A rerun
-skips a result only where all that determines it is the same: files, masks, split, band order,
-weights and settings; else it makes another one.
-The encoder's last two stages are dilated (output stride 8); it sees each training tile once, its
-feature maps are kept, and it is proved unchanged at the end. Masks are cut in whole pixels, never
-resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLab's polynomial decay.
+skips a result only where files, split, band order, weights and settings are the same.
+The encoder's last two stages are dilated (output stride 8). Frozen, it sees each training tile
+once, where feature maps fit into memory, and is proved unchanged at the end. Masks are cut in whole
+pixels, never resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLab's decay.
 """
 
 import argparse
@@ -33,21 +32,15 @@ import numpy as np
 NO_DFC2020 = (  # Copernicus-Bench's copy; the contest's own needs a login at ieee-dataport.org
     "no DFC2020 there: unpack https://hf.co/datasets/wangyi111/Copernicus-Bench/resolve/"
     "9d252acd3aa0e3da3128e05c6f028647f0e48e5f/l2_dfc2020_s1s2/dfc2020.zip (md5 "
-    "f10ba017dab6f38b7a6857b169ea924b) and give its folder dfc2020_s1s2 as --root"
+    "f10ba017dab6f38b7a6857b169ea924b) into this folder"
 )
 LAND_COVER = (  # DFC2020's labels 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
-DROPPED = (3, 8)  # Savanna and Snow/Ice: not in the 8-class set
 IGNORED = 255  # in masks given to the loss
 UNKNOWN = 254  # while masks are read: an id that nobody has named
-POWER = 0.9  # DeepLab: rate * (1 - step / steps) ** 0.9
 ENCODE_BATCH = 16
-COLOURS = {  # Okabe and Ito's, for colour-blind readers, by how a class name begins
-    "forest": "#009E73", "shrub": "#E69F00", "grass": "#F0E442", "wetland": "#56B4E9",
-    "crop": "#CC79A7", "urban": "#D55E00", "water": "#0072B2", "barren": "#8C8C8C",
-    "savanna": "#000000", "snow": "#D9D9D9",
-}  # fmt: skip
+CACHE = 0.5  # the share of free memory that feature maps may fill
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +64,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "train, the rest to test (default); official: test on ROIs0000_test, dfc-test-new.csv "
         "or the csv's test rows (default where it has any), train on all others")
     add("--num-images", type=int, metavar="N", help="training tiles, drawn by seed (dfc2020: 900, "
-        "paper; csv: all, with --split random 80 %%)")
+        "paper; csv: all); random, of N or fewer: 80 %%")
     add("--classes", help="dfc2020: 8 (default; without Savanna, Snow/Ice) or 10; csv: names, for "
         "the mask's ids in order, ignored ones left out")
     add("--ignore", default="0", metavar="IDS", help="csv: ids in masks that do not count, as "
@@ -84,8 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "as pre-trained (default), or of the unlabelled training tiles; frozen after that")
     add("--epochs", type=int, default=100, help="(100, paper)")
     add("--batch-size", type=int, default=16)
-    add("--lr", type=float, default=0.03, help="learning rate at the start (0.03; on "
-        "BigEarthNet tiles 0.1 gave the same mIoU after 15 epochs: 0.304 and 0.303)")
+    add("--lr", type=float, default=0.03, help="learning rate at the start (0.03)")
     add("--seeds", type=int, default=1, metavar="K", help="seeds 0..K-1 of decoder, draw of tiles, "
         "random weights (1)")
     add("--maps", type=int, default=0, metavar="K", help="draw K test tiles: image, truth, "
@@ -104,18 +96,23 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         fail(2, f"--lr {args.lr}: must be above 0 and below 1e30")
     if args.weights == "scratch" and (args.bn, args.stats) != ("encoder", "train"):
         fail(2, "--weights scratch trains the encoder: --bn and --stats do not apply")
-    if args.dataset == "dfc2020" and args.classes not in (None, "8", "10"):
-        fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
-    if args.dataset == "csv":
+    if args.dataset == "dfc2020":
+        if args.classes not in (None, "8", "10"):
+            fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
+        args.ignore = [0] if args.classes == "10" else [0, 3, 8]  # Savanna, Snow/Ice
+        args.classes = [c for i, c in enumerate(LAND_COVER, 1) if i not in args.ignore]
+        args.s1_bands, args.s2_bands = SEN12MS_S1, SEN12MS_S2
+        args.num_images = args.num_images or 900  # paper
+    else:
         if not (args.classes and args.s2_bands):
             fail(2, "--dataset csv needs --classes NAMES and --s2-bands BANDS, as B02,B03,B04,B08")
+        if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
+            fail(2, f"--ignore {args.ignore}: give whole numbers, as --ignore=-1,255")
         names = [name.strip() for name in args.classes.split(",")]
         if not all(names) or not 1 < len({*names}) == len(names) < UNKNOWN:
             fail(2, f"--classes {args.classes}: give two or more different names, as crops,forest")
-    if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
-        fail(2, f"--ignore {args.ignore}: give whole numbers, as --ignore=-1,255")
-    if args.dataset == "dfc2020" and not args.root.is_dir():
-        fail(2, f"{args.root}: {NO_DFC2020}")
+        args.ignore, args.classes = sorted(map(int, args.ignore.split(","))), names
+        args.s1_bands, args.s2_bands = args.s1_bands.split(","), args.s2_bands.split(",")
     args.weights = find_weights(args.weights)
     open_folder(args.out)
     return args
@@ -533,120 +530,113 @@ def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x))))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-
-
-def keep_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
-    """Feature maps [N, D, H / 8, W / 8] of the images, on their device, in bf16 where it is native.
-
-    None where they would take more than half of the free memory: the encoder then runs in every
-    epoch. A GPU does that as fast as it could fetch them from the host: a ResNet-50 takes 54 GFLOP
-    for a tile of 256 px, 0.2 ms at 300 TFLOP/s, and so do its 4 MB by PCIe at 25 GB/s.
-    """
-    with torch.no_grad(), autocast(images.device):
+@torch.no_grad()
+def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Feature maps of the images; where they take too much memory the images themselves, which are
+    then encoded in every epoch: on a GPU that takes no longer than to fetch maps from the host."""
+    if images.is_cuda:
+        free = torch.cuda.mem_get_info(images.device)[0]
+    else:  # kB stand there
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    progress = Progress("tiles encoded")
+    with autocast(images.device):
         one = feature_maps(encoder, images[:1])
-        if one.nbytes * len(images) > free_memory(images.device) / 2:
-            return None
-        kept = one.new_empty((len(images), *one.shape[1:]))
-        progress = Progress("tiles encoded")
+        if one.nbytes * len(images) > free * CACHE:
+            return images
+        maps = one.new_empty((len(images), *one.shape[1:]))
         for at in range(0, len(images), ENCODE_BATCH):
-            part = slice(at, at + ENCODE_BATCH)
-            kept[part] = feature_maps(encoder, images[part])
-            progress(min(part.stop, len(images)), len(images))
-    return kept
+            maps[at : at + ENCODE_BATCH] = feature_maps(encoder, images[at : at + ENCODE_BATCH])
+            progress(min(at + ENCODE_BATCH, len(images)), len(images))
+    return maps
 
 
 # ------------------------------------------------------------------------------------- decoder
-def predict_scores(decoder: nn.Module, maps: torch.Tensor, size: Any) -> torch.Tensor:
-    """Scores float32 [n, classes, H, W], enlarged bilinearly as DeepLabV3 does."""
-    scores = decoder(maps.contiguous(memory_format=torch.channels_last)).float()
-    return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
+def predict_scores(model: nn.ModuleDict, x: torch.Tensor, size: Any) -> torch.Tensor:
+    """Scores float32 [n, classes, H, W], enlarged bilinearly as DeepLabV3 does.
+
+    x: images [n, C, H, W] of this size, or feature maps [n, D, H / 8, W / 8].
+    """
+    with autocast(x.device):
+        maps = feature_maps(model["encoder"], x) if x.shape[-2:] == size else x
+        scores = model["decoder"](maps.contiguous(memory_format=torch.channels_last))
+    return nn.functional.interpolate(scores.float(), size, mode="bilinear", align_corners=False)
 
 
-def batches(count: int, size: int) -> int:
-    """How many batches to make of `count` >= 2 tiles: BatchNorm needs two or more in each."""
-    return min(-(-count // size), count // 2)
+def count_batches(tiles: int, size: int) -> int:
+    """How many batches to make of two or more tiles: BatchNorm needs two or more in each."""
+    return min(-(-tiles // size), tiles // 2)
 
 
 def train_epoch(
-    model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, order: torch.Tensor,
-    optimiser: torch.optim.Optimizer, rates: list[float],
+    model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, batches: Sequence[torch.Tensor],
+    optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> torch.Tensor:  # fmt: skip
-    """One step for each learning rate in `rates`; the mean loss. Nothing in here waits for the GPU.
-
-    x: feature maps, or images of the size of the masks, uint8 [N, H, W]; order: int64 [N].
-    """
-    total = torch.zeros((), device=x.device)
-    for rate, rows in zip(rates, order.tensor_split(len(rates)), strict=True):
-        optimiser.param_groups[0]["lr"] = rate
-        with autocast(x.device):
-            maps = x[rows]
-            if x.shape[-2:] == masks.shape[-2:]:
-                with torch.set_grad_enabled(model["encoder"].training):  # scratch
-                    maps = feature_maps(model["encoder"], maps)
-            scores = predict_scores(model["decoder"], maps, masks.shape[-2:])
+    """One step for each batch of rows; the mean loss. Nothing in here waits for the GPU."""
+    total = 0
+    for rows in batches:
+        scores = predict_scores(model, x[rows], masks.shape[-2:])
         loss = nn.functional.cross_entropy(scores, masks[rows].long(), ignore_index=IGNORED)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        schedule.step()
         total += loss.detach()
-    return total / len(rates)
+    return total / len(batches)
 
 
-def train_decoder(
+def train(
     model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, args: argparse.Namespace, seed: int
 ) -> list[float]:
     """Train the decoder, and the encoder where it is not frozen; the mean loss of each epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    draw = torch.Generator().manual_seed(seed)
-    steps = batches(len(x), args.batch_size)
+    count = count_batches(len(x), args.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # DeepLab's
+        optimiser, lambda step: (1 - step / (args.epochs * count)) ** 0.9
+    )
     model["encoder"].train(model["encoder"].conv1.weight.requires_grad)
     model["decoder"].train()
     losses: list[float] = []
-    progress = Progress("epochs")
+    draw, progress = torch.Generator().manual_seed(seed), Progress("epochs")
     for epoch in range(args.epochs):
-        order = torch.randperm(len(x), generator=draw).to(x.device)
-        left = 1 - (epoch + np.arange(steps) / steps) / args.epochs
-        rates = (args.lr * left**POWER).tolist()
-        losses.append(float(train_epoch(model, x, masks, order, optimiser, rates)))
+        batches = torch.randperm(len(x), generator=draw).to(x.device).tensor_split(count)
+        losses.append(float(train_epoch(model, x, masks, batches, optimiser, schedule)))
+        if not np.isfinite(losses[-1]) or not all(bool(p.isfinite().all()) for p in trained):
+            fail(1, f"loss or weights are not finite after epoch {epoch + 1}: lower --lr")
         progress(epoch + 1, args.epochs, f", loss {losses[-1]:.3f}")
-        if not np.isfinite(losses[-1]):
-            break
-    if not np.isfinite(losses[-1]) or not all(bool(p.isfinite().all()) for p in trained):
-        fail(1, f"loss or weights are not finite after epoch {len(losses)}: lower --lr")
     model.eval()
     return losses
 
 
+@torch.no_grad()
+def predict(model: nn.ModuleDict, batches: Iterable[torch.Tensor]) -> np.ndarray:
+    """Places in --classes, uint8 [N, H, W], of the pixels of images [n, C, H, W]."""
+    said = [predict_scores(model, x, x.shape[-2:]).argmax(1).byte().cpu() for x in batches]
+    return torch.cat(said).numpy()
+
+
 # ------------------------------------------------------------------------------------- measures
-def count_pixels(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
-    """Confusion int64 [classes, classes], rows truth, over the pixels that count."""
-    counts = truth != IGNORED
-    flat = truth[counts].astype(np.int64) * classes + said[counts]
-    return np.bincount(flat, minlength=classes**2).reshape(classes, classes)
-
-
-def map_metrics(confusion: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """mIoU, AA (mean recall), pixel accuracy, by class, from one confusion matrix of all pixels.
+def map_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    """mIoU, AA (mean recall), pixel accuracy, by class, over all pixels that count of [N, H, W].
 
     Means are over the classes that the truth holds, as scikit-learn's jaccard_score and
     recall_score with these as labels: pixels given to another class still are in a union.
     """
-    hits, truth, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    held = np.flatnonzero(truth)
-    iou = {classes[i]: float(hits[i] / (truth[i] + said[i] - hits[i])) for i in held}
-    recall = {classes[i]: float(hits[i] / truth[i]) for i in held}
+    confusion = np.zeros((len(classes), len(classes)), np.int64)  # rows: truth
+    for mask, guess in zip(truth, said, strict=True):  # of all at once, indices would take 16 GB
+        counts = mask != IGNORED
+        pairs = mask[counts].astype(int) * len(classes) + guess[counts]
+        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
+    hits, true, given = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    held = np.flatnonzero(true)
+    iou = {classes[i]: float(hits[i] / (true[i] + given[i] - hits[i])) for i in held}
+    recall = {classes[i]: float(hits[i] / true[i]) for i in held}
     return {
         "miou": float(np.mean(list(iou.values()))),
         "aa": float(np.mean(list(recall.values()))),
-        "pixel_accuracy": float(hits.sum() / truth.sum()),
+        "pixel_accuracy": float(hits.sum() / true.sum()),
         "classes": list(iou),
-        "only_predicted": [classes[i] for i in np.flatnonzero((truth == 0) & (said > 0))],
+        "only_predicted": [classes[i] for i in np.flatnonzero((true == 0) & (given > 0))],
         "iou_per_class": iou,
         "recall_per_class": recall,
         "confusion": confusion.tolist(),
@@ -657,352 +647,270 @@ def map_metrics(confusion: np.ndarray, classes: list[str]) -> dict[str, Any]:
 class Tiles(NamedTuple):
     names: list[str]  # of the masks, below --root
     files: list[tuple[str, str]]  # S2, S1
-    widths: tuple[int, int]  # bands in an S2 and in an S1 file
     bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
-    masks: np.ndarray  # uint8 [N, S, S]: place in `classes`, IGNORED where a pixel does not count
+    masks: np.ndarray  # uint8 [N, S, S]: place in --classes, IGNORED where a pixel does not count
     windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
-    classes: list[str]
     part: list[str] | None  # train, val or test, where the archive says so
-    labelled: np.ndarray  # bool [N]: whether any pixel of the mask counts
-    content: str  # digest of names and masks
-    digest: str  # of all files
+    digest: str  # of all files and parts
     synthetic: bool
 
 
 def list_tiles(args: argparse.Namespace) -> Tiles:
     """Every labelled tile below --root, in an order that does not depend on the disk."""
-    folder = args.root if args.dataset == "dfc2020" else args.root.parent
-    if args.dataset == "csv":
-        rows = read_table(args.root, ["s1", "s2", "mask"])
-        orders = args.s2_bands.split(","), args.s1_bands.split(",")
-        ignored = [int(number) for number in args.ignore.split(",")]
-        labels = [name.strip() for name in args.classes.split(",")]
-        ids = [i for i in range(len(labels) + len(ignored)) if i not in ignored]
-        classes = dict(zip(ids, labels, strict=False))
+    if args.dataset == "dfc2020":
+        folder, rows = args.root, list_dfc2020(args.root)
     else:
-        rows, orders = list_dfc2020(folder), (SEN12MS_S2, SEN12MS_S1)
-        ignored = [0] if args.classes == "10" else [0, *DROPPED]
-        classes = {i: c for i, c in enumerate(LAND_COVER, start=1) if i not in ignored}
+        folder, rows = args.root.parent, read_table(args.root, ["s1", "s2", "mask"])
     part = [row["split"] for row in rows] if "split" in rows[0] else None
-    for row, name in zip(rows, part or [], strict=False):
-        if name not in ("train", "val", "test"):
+    for row in rows:
+        if (name := row.get("split", "train")) not in ("train", "val", "test"):
             fail(1, f"{args.root} line {row['line']}: split {name!r} is not train, val or test")
-    bands = band_places(orders[0]), band_places(orders[1], file=1)
+    bands = band_places(args.s2_bands), band_places(args.s1_bands, file=1)
     if both := [band for band in bands[0] if band in bands[1]]:
         fail(2, f"band {both[0]} is in --s2-bands and in --s1-bands: name it in one")
-    widths = len(orders[0]), len(orders[1])
-    masks, s2, s1 = ([str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1"))
-    check_files(masks, 1, "a mask has 1")
-    check_files(s2, widths[0], f"--s2-bands names {widths[0]}")
-    check_files(s1, widths[1], f"--s1-bands names {widths[1]}")
-    numbers = {id: number for number, id in enumerate(classes)} | dict.fromkeys(ignored, IGNORED)
-    truth, windows = read_masks(masks, numbers, args.size)
-    names = [row["mask"] for row in rows]
+    files = {kind: [str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1")}
+    widths = {"mask": 1, "s2": len(args.s2_bands), "s1": len(args.s1_bands)}
+    for kind, paths in files.items():
+        seen = set()
+        for path in paths:
+            if (real := os.path.realpath(path)) in seen:
+                fail(1, f"{path}: comes twice; a tile both trained and tested on proves nothing")
+            seen.add(real)
+            if (has := bandcrop.info(path).bands) != widths[kind]:
+                expected = "a mask has" if kind == "mask" else f"--{kind}-bands names"
+                fail(1, f"{path}: has {has} bands, {expected} {widths[kind]}")
     return Tiles(
-        names, list(zip(s2, s1, strict=True)), widths, bands[0] | bands[1], truth, windows,
-        list(classes.values()), part, (truth != IGNORED).any((1, 2)),
-        digest_of([names, hashlib.sha256(truth).hexdigest()]), digest_files([*masks, *s2, *s1]),
-        (folder / "SYNTHETIC.txt").exists(),
+        names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
+        bands=bands[0] | bands[1], **read_masks(files["mask"], args), part=part,
+        digest=digest_of([digest_files(sum(files.values(), [])), part]),
+        synthetic=(folder / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
 
 
 def list_dfc2020(root: Path) -> list[dict[str, str]]:
     """Rows as of a table s1,s2,mask,split; the contest's ROIs0000_validation is to train on."""
     masks: list[tuple[str, str]] = []
-    for base in ("", "dfc2020_s1s2/"):
-        for part in ("train", "val", "test"):
-            table = root / base / f"dfc-{part}-new.csv"  # of Copernicus-Bench: a name in each line
-            for name in table.read_text("utf-8", "replace").split() if table.is_file() else []:
-                if not name.endswith(".tif"):
-                    fail(1, f"{table}: {name[:40]!r} is no name of a mask")
-                masks.append((part, f"{base}dfc/{name}"))
+    inner = "dfc2020_s1s2/" if (root / "dfc2020_s1s2").is_dir() else ""
+    for part in ("train", "val", "test"):
+        table = root / inner / f"dfc-{part}-new.csv"  # of Copernicus-Bench: a name in each line
+        for name in table.read_text("utf-8", "replace").split() if table.is_file() else []:
+            if not name.endswith(".tif"):
+                fail(1, f"{table}: {name[:40]!r} is no name of a mask")
+            masks.append((part, f"{inner}dfc/{name}"))
     for part, folder in (("train", "ROIs0000_validation"), ("test", "ROIs0000_test")):
         found = sorted(root.glob(f"{folder}/dfc_*/*_dfc_*.tif"))
         masks += [(part, str(mask.relative_to(root))) for mask in found]
     if not masks:
         fail(2, f"{root}: {NO_DFC2020}")
-    rows = []
-    for part, mask in masks:
-        twin = re.sub(r"dfc(_\w+)?/(\w+)_dfc_", r"{0}\1/\2_{0}_", mask)
-        rows.append({"mask": mask, "split": part} | {s: twin.format(s) for s in ("s1", "s2")})
-    return rows
+    twin = r"dfc(_\w+)?/(\w+)_dfc_"
+    return [
+        {"split": part, "mask": mask}
+        | {s: re.sub(twin, rf"{s}\1/\2_{s}_", mask) for s in ("s1", "s2")}
+        for part, mask in masks
+    ]
 
 
-def check_files(paths: list[str], width: int, named: str) -> None:
-    """Refuse a file that comes twice, or that has another number of bands than `width`."""
-    seen = set()
-    for path in paths:
-        real = os.path.realpath(path)
-        if real in seen:
-            fail(1, f"{path}: comes twice; a tile both trained and tested on proves nothing")
-        seen.add(real)
-        if (has := bandcrop.info(path).bands) != width:
-            fail(1, f"{path}: has {has} bands, {named}")
-
-
-def read_masks(
-    paths: list[str], numbers: dict[int, int], size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of each mask, uint8 [N, S, S], and where that is, float64 [N, 4].
-
-    numbers: by the ids in the files, of any type, the numbers to write for them.
-    """
+def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The middle of each mask, and where that is: `masks` and `windows` of Tiles."""
+    ids = [i for i in range(len(args.classes) + len(args.ignore)) if i not in args.ignore]
+    numbers = {id: number for number, id in enumerate(ids[: len(args.classes)])}
+    numbers |= dict.fromkeys(args.ignore, IGNORED)
     masks, windows = [], []
-    progress = Progress("masks read")
     for path in paths:
-        ids = bandcrop.read(path)[0]
-        height, width = ids.shape
-        side = size or (len(masks[0]) if masks else height)
-        if side > min(height, width) or (size is None and (height, width) != (side, side)):
-            fail(1, f"{path} is {height} x {width}: give --size, {min(height, width)} or less, "
-                    "for tiles that differ or are not square")  # fmt: skip
+        whole = bandcrop.read(path)[0]  # of any type
+        height, width = whole.shape
+        side = args.size or (len(masks[0]) if masks else height)
+        if side > min(height, width) or not (args.size or height == width == side):
+            fail(1, f"{path} is {height} x {width}: give --size, at most the smallest tile's")
         top, left = (height - side) // 2, (width - side) // 2
-        ids = ids[top : top + side, left : left + side]
-        mask = np.full(ids.shape, UNKNOWN, np.uint8)
-        for number, value in numbers.items():
-            mask[ids == number] = value
-        if (strange := ids[mask == UNKNOWN]).size:
-            fail(1, f"{path}: holds {strange[0]}, which is no class: ids are whole numbers, named "
-                    "in --classes in their order or listed in --ignore")  # fmt: skip
+        cut = whole[top : top + side, left : left + side]
+        mask = np.full(cut.shape, UNKNOWN, np.uint8)
+        for id, number in numbers.items():
+            mask[cut == id] = number
+        if (strange := cut[mask == UNKNOWN]).size:
+            fail(1, f"{path}: holds {strange[0]}: neither named by --classes nor in --ignore")
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
-        progress(len(masks), len(paths))
-    return np.stack(masks), np.array(windows)
+    return {"masks": np.stack(masks), "windows": np.array(windows)}
 
 
 def split_tiles(
     tiles: Tiles, args: argparse.Namespace, seed: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Places of the training and test tiles, and whether there were fewer than --num-images."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places of the training tiles, of those with a pixel that counts, and of the test tiles."""
     rng = np.random.default_rng(seed)
-    count = len(tiles.names)
-    wanted = args.num_images or (900 if args.dataset == "dfc2020" else None)  # paper: 900
     if args.split == "random":
-        take = round(0.8 * count)
-        fewer = wanted is not None and wanted >= count
-        order = rng.permutation(count)
-        take = take if wanted is None or fewer else wanted
+        order = rng.permutation(len(tiles.names))
+        take = args.num_images or len(order)
+        take = take if take < len(order) else round(0.8 * len(order))
         train, test = np.sort(order[:take]), np.sort(order[take:])
+    elif tiles.part is None:
+        fail(2, f"--split official: {args.root} has no column split; use --split random")
     else:
-        if tiles.part is None:
-            fail(2, f"--split official: {args.root} has no column split; use --split random")
         part = np.array(tiles.part)
-        pool, test = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
-        fewer = wanted is not None and wanted > len(pool)
-        train = np.sort(rng.permutation(pool)[:wanted])
-    for rows, least, use in ((train, 2, "train"), (test, 1, "test")):
-        if (counts := tiles.labelled[rows].sum()) < least:
-            fail(1, f"{args.root}, --split {args.split}: {len(rows)} tiles to {use}, of which "
-                    f"{counts} have a pixel that counts; {least} are needed")  # fmt: skip
-    truth = tiles.masks[train]
-    held = [name for number, name in enumerate(tiles.classes) if (truth == number).any()]
-    if len(held) == 1:
-        fail(1, f"{args.root}: {held[0]!r} is the only class in the {len(train)} training masks: "
-                "nothing to learn")  # fmt: skip
-    return train, test, fewer
+        train = np.sort(rng.permutation(np.flatnonzero(part != "test"))[: args.num_images])
+        test = np.flatnonzero(part == "test")
+    counts, truth = (tiles.masks != IGNORED).any((1, 2)), tiles.masks[train]
+    held = sum(bool((truth == number).any()) for number in range(len(args.classes)))
+    if counts[train].sum() < 2 or held < 2 or not counts[test].any():
+        fail(1, f"{args.root}: pixels that count are in {counts[train].sum()} training tiles (2 "
+                f"needed), of {held} classes (2), and in {counts[test].sum()} test tiles (1); see "
+                "--split, --classes, --ignore")  # fmt: skip
+    return train, train[counts[train]], test
 
 
 def source(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
     """Where bandcrop finds these bands of these tiles."""
     where = [tiles.bands[band] for band in bands]
-    return {
-        "paths": [[tiles.files[row][file] for file, _ in where] for row in rows],
-        "bands": [[band for _, band in where]] * len(rows),
-        "bands_in_file": [[tiles.widths[file] for file, _ in where]] * len(rows),
-    }
+    paths = [[tiles.files[row][file] for file, _ in where] for row in rows]
+    return {"paths": paths, "bands": [[band for _, band in where]] * len(rows)}
 
 
 def band_statistics(
     tiles: Tiles, rows: np.ndarray, bands: list[str], args: argparse.Namespace
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each band over the training tiles, or as --stats says."""
+) -> np.ndarray:
+    """float64 [2, C]: mean and standard deviation of each band, in these tiles or the encoder's."""
     if args.stats == "encoder":
         about = args.weights.metadata
         where = [about["bands"].index(band) for band in bands]
-        return [about["mean"][i] for i in where], [about["std"][i] for i in where]
-    mean, std = bandcrop.statistics(**source(tiles, rows, bands))
-    if (std == 0).any():
-        band = bands[int(np.argmin(std))]
-        fail(1, f"band {band} is constant over the {len(rows)} training tiles: nothing to learn")
-    return mean.tolist(), std.tolist()
+        return np.array([about["mean"], about["std"]], float)[:, where]
+    norm = np.array(bandcrop.statistics(**source(tiles, rows, bands)))
+    if not norm[1].all():
+        fail(1, f"band {bands[norm[1].argmin()]} is constant over the training tiles")
+    return norm
 
 
 def read_images(
-    tiles: Tiles, rows: np.ndarray, bands: list[str], norm: tuple[list[float], list[float]],
-    device: torch.device, spent: dict[str, float],
-) -> Iterator[tuple[slice, torch.Tensor]]:  # fmt: skip
-    """Standardised images float32 [n, C, S, S] on the device, with their places in `rows`."""
-    progress = Progress("tiles read")
-    side = tiles.masks.shape[-1]
-
-    def requests() -> Iterator[dict[str, Any]]:
-        for at in range(0, len(rows), ENCODE_BATCH):
-            part = rows[at : at + ENCODE_BATCH]
-            mean, std = (np.tile(np.float32(value), (len(part), 1)) for value in norm)
-            yield source(tiles, part, bands) | {
-                "windows": tiles.windows[part], "mean": mean, "std": std,
-                "extra": slice(at, at + len(part)),
-            }  # fmt: skip
-
-    for batch in bandcrop.stream(requests(), (ENCODE_BATCH, len(bands), side, side), device):
-        spent["read"] += batch.waited
-        spent["replaced"] += int(batch.report.replaced.sum())
-        places = batch.request["extra"]
-        progress(places.stop, len(rows))
-        yield places, batch.x
+    tiles: Tiles, rows: np.ndarray, bands: list[str], norm: np.ndarray, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Standardised images float32 [n, C, S, S] on the device; on the CPU valid until the next."""
+    side, progress, done = tiles.masks.shape[-1], Progress("tiles read"), 0
+    requests = []
+    for at in range(0, len(rows), ENCODE_BATCH):
+        part = rows[at : at + ENCODE_BATCH]
+        mean, std = np.repeat(np.float32(norm)[:, None], len(part), axis=1)
+        more = {"windows": tiles.windows[part], "mean": mean, "std": std}
+        requests.append(source(tiles, part, bands) | more)
+    for batch in bandcrop.stream(requests, (ENCODE_BATCH, len(bands), side, side), device):
+        done += len(batch.x)
+        progress(done, len(rows))
+        yield batch.x
 
 
 # ---------------------------------------------------------------------------------------- maps
-def colours_of(classes: list[str]) -> list[str]:
-    """A colour for each class: its own where its name is known, else the next one that is free."""
-    known = [next((c for k, c in COLOURS.items() if name.lower().startswith(k)), "")
-             for name in classes]  # fmt: skip
-    free = [colour for colour in COLOURS.values() if colour not in known]
-    return [colour or (free.pop(0) if free else "#FFFFFF") for colour in known]
-
-
 def draw_maps(
-    path: Path, shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: list[str],
-    bands: list[str],
+    path: Path, names: list[str], images: np.ndarray, truths: np.ndarray, said: np.ndarray,
+    classes: list[str],
 ) -> None:  # fmt: skip
-    """A sheet with a row for each tile: its name; image [C, H, W], truth, prediction [H, W]."""
-    from matplotlib.colors import ListedColormap
+    """A sheet with a row for each tile: image [C, H, W], truth and prediction [H, W]."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = [*colours_of(classes), "#FFFFFF"]  # the last: pixels that do not count
-    figure = Figure(figsize=(7.5, 2.5 * len(shown) + 0.8), layout="constrained")
-    axes = figure.subplots(len(shown), 3, squeeze=False)
-    for row, (name, image, truth, said) in zip(axes, shown, strict=True):
-        low, high = np.percentile(image, (2, 98), axis=(1, 2), keepdims=True)
-        pixels = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
+    colours = colormaps["tab20"].resampled(len(classes))
+    figure = Figure(figsize=(7.5, 2.5 * len(names) + 0.8), layout="constrained")
+    axes = figure.subplots(len(names), 3, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for row, name, image, *masks in zip(axes, names, images, truths, said, strict=True):
+        pixels = np.clip(image / 4 + 0.5, 0, 1).transpose(1, 2, 0)  # two deviations either way
         row[0].imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
-        counts = truth != IGNORED
-        for axis, mask in zip(row[1:], (truth, said), strict=True):
-            axis.imshow(np.where(counts, mask, len(classes)), cmap=ListedColormap(colours),
-                        vmin=-0.5, vmax=len(classes) + 0.5, interpolation="nearest")  # fmt: skip
-        right = f"{(truth == said)[counts].mean():.0%} of its pixels right" if counts.any() else ""
-        for axis, label in zip(row, (name, "", right), strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(label, fontsize=8)
-    titles = f"image ({', '.join(bands)})", "truth", "prediction"
-    for axis, title in zip(axes[0], titles, strict=True):
+        row[0].set_xlabel(name, fontsize=8)
+        for axis, mask in zip(row[1:], masks, strict=True):
+            counted = np.ma.masked_where(masks[0] == IGNORED, mask)  # the others stay white
+            axis.imshow(counted, colours, vmin=0, vmax=len(classes) - 1, interpolation="nearest")
+    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(title)
-    labels = [*classes, "does not count"]
-    patches = [Patch(facecolor=c, edgecolor="black", label=n)
-               for n, c in zip(labels, colours, strict=True)]  # fmt: skip
+    patches = [Patch(facecolor=colours(i), label=name) for i, name in enumerate(classes)]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
     write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
     print(f"wrote {path}", flush=True)
 
 
 # -------------------------------------------------------------------------------------- one run
-def evaluate(
-    model: nn.ModuleDict, batches: Iterator[tuple[slice, torch.Tensor]], masks: np.ndarray,
-    names: list[str], classes: int, maps: int,
-) -> tuple[np.ndarray, list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]:  # fmt: skip
-    """Confusion int64 [classes, classes] over masks [N, S, S], and `maps` tiles for draw_maps."""
-    confusion = np.zeros((classes, classes), np.int64)
-    wanted = np.linspace(0, len(names) - 1, min(maps, len(names))).astype(int)
-    shown = []
-    for places, x in batches:
-        with torch.no_grad(), autocast(x.device):
-            features = feature_maps(model["encoder"], x)
-            said = predict_scores(model["decoder"], features, x.shape[-2:]).argmax(1).cpu().numpy()
-        truth = masks[places]
-        confusion += count_pixels(truth, said, classes)
-        for at in wanted[(wanted >= places.start) & (wanted < places.stop)] - places.start:
-            name = names[places.start + at]
-            shown.append((name, x[at].cpu().numpy().copy(), truth[at], said[at]))
-    return confusion, shown
+def train_and_predict(
+    args: argparse.Namespace, tiles: Tiles, rows: np.ndarray, test: np.ndarray, bands: list[str],
+    norm: np.ndarray, seed: int, device: torch.device,
+) -> tuple[np.ndarray, dict[str, Any], dict[str, float]]:  # fmt: skip
+    """Classes of the test tiles, uint8 [N, S, S], by a decoder that learnt from the tiles `rows`;
+    what is to be saved of its training; the seconds that each part took."""
+    clock = [time.perf_counter()]
+    scratch = args.weights.source == "scratch"
+    encoder = load_encoder(args.weights, args.arch, len(bands), seed).requires_grad_(scratch)
+    torch.manual_seed(seed)
+    head = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(args.classes))
+    model = nn.ModuleDict({"encoder": dilate(encoder), "decoder": head})
+    model.to(device, memory_format=torch.channels_last)
+    images = torch.cat([x.clone() for x in read_images(tiles, rows, bands, norm, device)])
+    clock.append(time.perf_counter())
+    if args.bn == "reestimate":
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)
+        parts = order.tensor_split(count_batches(len(rows), ENCODE_BATCH))
+        reestimate_batchnorm(encoder, (images[part] for part in parts))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    x = images if scratch else encode(encoder, images)
+    clock.append(time.perf_counter())
+    losses = train(model, x, torch.from_numpy(tiles.masks[rows]).to(device), args, seed)
+    clock.append(time.perf_counter())
+    said = predict(model, read_images(tiles, test, bands, norm, device))
+    if not scratch:
+        assert_unchanged(encoder, before)
+    about = {"losses": losses, "cached": x is not images, "mean": [*norm[0]], "std": [*norm[1]]}
+    return said, about, dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
 
 
 def run(
     args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int, device: torch.device
 ) -> Path:
-    """One band (or three) and one seed: read, encode, train the decoder, measure, write."""
-    weights: Weights = args.weights
-    begin, spent = time.perf_counter(), {"read": 0.0, "replaced": 0}
-    unseen = check_bands(weights, bands, args.stats)
-    train, test, fewer = split_tiles(tiles, args, seed)
-    classes, side = tiles.classes, tiles.masks.shape[-1]
-    scope = {"dataset": args.dataset, "split": args.split, "subset": len(train), "bands": bands}
-    part = tiles.part if args.split == "official" else None
-    settings = {  # with scope, weights and seed all that determines the result
-        "size": side, "epochs": args.epochs, "batch": args.batch_size, "lr": args.lr,
-        "optimiser": "sgd", "bn": args.bn, "stats": args.stats, "classes": classes,
-        "arch": weights.metadata.get("arch", args.arch), "bf16": native_bf16(device),
-        "images": digest_of([tiles.content, part])[:16],
-        "files": tiles.digest, "places": [tiles.bands[band] for band in bands],
+    """One band (or three) and one seed: split, train and predict, measure, draw, write."""
+    weights, classes = args.weights, args.classes
+    drawn, used, test = split_tiles(tiles, args, seed)
+    scope = {"dataset": args.dataset, "split": args.split, "subset": len(drawn)}
+    settings = {
+        "size": tiles.masks.shape[-1], "epochs": args.epochs, "batch": args.batch_size,
+        "lr": args.lr, "stats": args.stats, "classes": classes, "ignored": args.ignore,
+        "files": tiles.digest, "places": tiles.bands, "bf16": native_bf16(device),
     }  # fmt: skip
-    identity = digest_of([scope, settings, weights.name, weights.sha256])
-    named = [args.dataset, args.split, str(len(train)), weights.name, "+".join(bands)]
-    path = result_path(args.out, [*named, f"{len(classes)}classes"], identity, seed)
+    encoding = {"bn": args.bn, "arch": weights.metadata.get("arch", args.arch)}
+    task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
+    identity = digest_of([task, bands, encoding, weights.name, weights.sha256])
+    parts = [args.dataset, args.split, str(len(drawn)), weights.name, "+".join(bands)]
+    path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
     png = path.with_name(f"{path.stem}-maps.png")
     if path.exists() and (png.exists() or not args.maps):
         print(f"{path}: done before", flush=True)
         return path
 
-    used = train[tiles.labelled[train]]  # the others have nothing to learn from
-    print(f"{'+'.join(bands)}, seed {seed}: {len(train)} tiles to train"
-          + " (fewer than --num-images)" * fewer
-          + f", {len(train) - len(used)} of them without a pixel that counts"
-          * (len(used) < len(train))
-          + f"; {len(test)} to test", flush=True)  # fmt: skip
-    mean, std = norm = band_statistics(tiles, train, bands, args)
-    spent["read"] = time.perf_counter() - begin
-    scratch = weights.source == "scratch"
-    encoder = dilate(load_encoder(weights, args.arch, len(bands), seed)).requires_grad_(scratch)
-    torch.manual_seed(seed)
-    decoder = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(classes))
-    model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-    model.to(device, memory_format=torch.channels_last)
-    images = torch.empty(len(used), len(bands), side, side, device=device)
-    for places, x in read_images(tiles, used, bands, norm, device, spent):
-        images[places] = x
-    if args.bn == "reestimate":
-        order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
-        drawn = order.to(device).tensor_split(batches(len(used), ENCODE_BATCH))
-        reestimate_batchnorm(encoder, (images[rows] for rows in drawn))
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-
-    start = time.perf_counter()
-    kept = None if scratch else keep_features(encoder, images)
-    encoded = time.perf_counter()
-    truth = torch.from_numpy(tiles.masks[used]).to(device)
-    x = images if kept is None else kept
-    losses = train_decoder(model, x, truth, args, seed)
-    trained = time.perf_counter()
-    tested = read_images(tiles, test, bands, norm, device, spent)
-    names = [tiles.names[row] for row in test]
-    found = evaluate(model, tested, tiles.masks[test], names, len(classes), args.maps)
-    if not scratch:
-        assert_unchanged(encoder, before)
-    metrics = map_metrics(found[0], classes)
+    title = f"{'+'.join(bands)}, seed {seed}"
+    print(f"{title}: {len(drawn)} tiles to train ({len(drawn) - len(used)} of them without a pixel "
+          f"that counts), {len(test)} to test", flush=True)  # fmt: skip
+    norm = band_statistics(tiles, drawn, bands, args)
+    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed, device)
+    truth = tiles.masks[test]
+    metrics = map_metrics(truth, said, classes)
     if args.maps:
-        draw_maps(png, found[1], classes, bands)
+        shown = np.linspace(0, len(test) - 1, min(args.maps, len(test))).astype(int)
+        batches = read_images(tiles, test[shown], bands, norm, torch.device("cpu"))
+        images = torch.cat([x.clone() for x in batches]).numpy()
+        names = [tiles.names[row] for row in test[shown]]
+        draw_maps(png, names, images, truth[shown], said[shown], classes)
+    unseen = check_bands(weights, bands, args.stats)
     write_result(path, {
-        "schema": 1, "stage": "segment", **scope, "seed": seed, "metrics": metrics,
+        "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
         "weights": {"name": weights.name, "source": weights.source, "sha256": weights.sha256},
-        "config": settings | {
-            "decoder": "DeepLabHead", "output_stride": 8, "train": len(used), "test": len(test),
-            "fewer_than_asked": fewer, "losses": losses, "root": str(args.root), "mean": mean,
-            "std": std, "unseen_bands": unseen, "replaced_samples": spent["replaced"],
-            "cached": kept is not None, "device": device.type, "synthetic": tiles.synthetic,
-            "encoder": weights.metadata,
-            "encoder_synthetic": weights.metadata.get("synthetic") == "true",
+        "config": settings | encoding | about | {
+            "task": task, "identity": identity, "train": len(used), "test": len(test),
+            "root": str(args.root), "device": device.type, "synthetic": tiles.synthetic,
+            "unseen_bands": unseen, "encoder": weights.metadata,
         },
-        "seconds": {"read": spent["read"], "encode": encoded - start, "train": trained - encoded},
+        "seconds": seconds,
     })  # fmt: skip
-    notes = [f"mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}"]
-    if absent := [name for name in classes if name not in metrics["classes"]]:
-        notes.append(f"means without {', '.join(absent)}, which the test masks lack")
-    if metrics["only_predicted"]:
-        notes.append(f"predicted all the same: {', '.join(metrics['only_predicted'])}")
-    if unseen:
-        notes.append(f"the encoder never saw {', '.join(unseen)}")
-    print(f"{'+'.join(bands)}, seed {seed}: {'; '.join(notes)}; "
-          f"{time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
+    print(f"{title}: mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}", flush=True)
+    for found, note in (
+        ([name for name in classes if name not in metrics["classes"]], "not in the test masks"),
+        (metrics["only_predicted"], "predicted all the same"),
+        (unseen, "never seen by the encoder"),
+    ):
+        if found:
+            print(f"  {note}: {', '.join(found)}", flush=True)
     return path
 
 
@@ -1010,15 +918,14 @@ def main(args: argparse.Namespace) -> None:
     try:
         device = find_device(args.device)
         tiles = list_tiles(args)
-        args.split = args.split or (
-            "official" if args.dataset == "csv" and tiles.part else "random"
-        )
+        if args.split is None:
+            args.split = "official" if args.dataset == "csv" and tiles.part else "random"
         asked = requested_bands(args.bands, tiles.bands, args.dataset)
-        print(f"{len(tiles.names)} tiles, {len(tiles.classes)} classes; {args.weights.name} "
-              f"({args.weights.source}) on {device}, {'bf16' if native_bf16(device) else 'fp32'}",
-              flush=True)  # fmt: skip
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
+        print(f"{len(tiles.names)} tiles, {len(args.classes)} classes; {args.weights.name} "
+              f"({args.weights.source}) on {device}, {'bf16' if native_bf16(device) else 'fp32'}",
+              flush=True)  # fmt: skip
         paths = [
             run(args, tiles, bands, seed, device) for bands in asked for seed in range(args.seeds)
         ]
