@@ -568,13 +568,9 @@ def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
     if len(above) > 1:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
-    return Images(
-        [path.stem for path in found],
-        [(str(path),) for path in found],
-        band_places(order),
-        (len(order),),
-        *number_labels([path.parent.name for path in found]),
-    )
+    names, files = [path.stem for path in found], [(str(path),) for path in found]
+    labels, classes = number_labels([path.parent.name for path in found])
+    return Images(names, files, band_places(order), (len(order),), labels, classes)
 
 
 def number_labels(labels: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -629,18 +625,16 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
             if wrong:
                 fail(1, f"{path} line {row['line']}: {fault}")
     order = (bands_in_file or "Red,Green,Blue").split(",")
-    images = Images([row["image"] for row in rows], [(file,) for file in files],
-                    band_places(order), (len(order),), None, [])  # fmt: skip
-    if images.geotiff and not bands_in_file:
+    if files[0].lower().endswith(TIFFS) and not bands_in_file:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
-    if not images.geotiff and len(order) not in (1, 3):
+    if not files[0].lower().endswith(TIFFS) and len(order) not in (1, 3):
         fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
-    if "split" in rows[0]:
-        images = images._replace(part=[row["split"] for row in rows])
+    labels, classes = None, []
     if "label" in rows[0]:
         labels, classes = number_labels([row["label"] for row in rows])
-        images = images._replace(labels=labels, classes=classes)
-    return images
+    part = [row["split"] for row in rows] if "split" in rows[0] else None
+    names, files = [row["image"] for row in rows], [(file,) for file in files]
+    return Images(names, files, band_places(order), (len(order),), labels, classes, part)
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -702,10 +696,9 @@ def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
         path = next((p for p in (args.root / name, args.root.parent / name) if p.is_file()), None)
         if path is None:
             fail(2, f"--split {args.split}: no list {args.root / name}; use --split random")
-        stems = [Path(line).stem for line in path.read_text("utf-8", "replace").split()]
-        for stem in stems:
-            if parts.setdefault(stem, part) != part:
-                fail(1, f"{path}: {stem} stands in {lists[parts[stem]]} too")
+        for line in path.read_text("utf-8", "replace").split():
+            if parts.setdefault(Path(line).stem, part) != part:
+                fail(1, f"{path}: {line} stands in {lists[parts[Path(line).stem]]} too")
     return [parts.get(name, "") for name in images.names]
 
 
@@ -897,8 +890,7 @@ def others_tensors(weights: Weights, arch: str) -> Weights:
     arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
     if not arch or "conv1.weight" not in tensors:
         fail(1, f"{weights.source}: not the layout of {kind!r}: {count} tensors fit it, a ResNet "
-                f"has 100, 180 or 265; it holds {len(found)} entries: {', '.join(list(found)[:3])}"
-                " ...")  # fmt: skip
+                f"has 100, 180 or 265; it holds {', '.join(list(found)[:3])} ...")  # fmt: skip
     return weights._replace(tensors=tensors, metadata={"arch": arch})
 
 
@@ -1019,20 +1011,20 @@ def fit_heads(
     """Heads of a kind, one for each setting, on features [N, D] and labels int64 [N]."""
     if kind == "mlp":
         return fit_mlps(x, y, classes, settings, epochs)
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import linear_model, neighbors, pipeline, preprocessing
 
-    heads: list[Any] = []
-    for _, value in settings:
+    def fit(value: float) -> Any:
         if kind == "linear":  # mean cross-entropy + value * |W|^2
-            heads.append(LogisticRegression(C=1 / (2 * value * len(x)), max_iter=10_000))
+            penalty = 1 / (2 * value * len(x))
+            head: Any = linear_model.LogisticRegression(C=penalty, max_iter=10_000)
         else:  # votes weighed by cosine similarity + 1
-            near = min(int(value), len(x))
-            heads.append(KNeighborsClassifier(near, metric="cosine", weights=lambda far: 2 - far))
-    x, y = x.cpu().numpy(), y.cpu().numpy()
-    return [make_pipeline(StandardScaler(), head).fit(x, y) for head in heads]
+            head = neighbors.KNeighborsClassifier(
+                min(int(value), len(x)), metric="cosine", weights=lambda far: 2 - far
+            )
+        model = pipeline.make_pipeline(preprocessing.StandardScaler(), head)
+        return model.fit(x.cpu().numpy(), y.cpu().numpy())
+
+    return [fit(value) for _, value in settings]
 
 
 def choose_head(
@@ -1347,10 +1339,8 @@ def main(args: argparse.Namespace) -> None:
         if args.export:
             return export(weights, args.export)
         images = list_images(args.dataset, args.root, args.bands_in_file)
-        network = weights.source != "stats"
-        arch = weights.metadata.get("arch", args.arch) if network else "no network"
         print(f"{args.dataset}, {len(images.names)} images; weights: {weights.source} "
-              f"({weights.name}, {arch}); on {args.device}", flush=True)  # fmt: skip
+              f"({weights.name}); on {args.device}", flush=True)  # fmt: skip
         asked = requested_bands(args.bands, images.bands, args.dataset)
         for bands in asked:
             check_bands(weights, bands, args.stats)
