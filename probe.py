@@ -10,10 +10,9 @@
     python probe.py --weights seco:seco_resnet50_1m.ckpt --export seco.safetensors
 
 One JSON in results/ for each band and seed; a rerun skips a result only when all that determines
-it is the same. After training, the encoder is proved unchanged, BatchNorm statistics included. Head
-as in the paper: Linear-128, BatchNorm, ReLU, Linear; cross-entropy, 100 epochs. The paper names no
-optimiser: SGD or Adam, and its learning rate, are chosen by F1 on a validation part of the training
-split, never on test. Exit status: 0 done, 1 bad data, 2 wrong use, 130 interrupted.
+it is the same. The frozen encoder is proved unchanged. Head as in the paper: Linear-128, BatchNorm,
+ReLU, Linear; 100 epochs. The paper names no optimiser: SGD or Adam and a learning rate are chosen
+by F1 on a validation part of the training split, never on test. Exit: 1 bad data, 2 wrong use.
 """
 
 import argparse
@@ -569,14 +568,13 @@ def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
     names, files = [path.stem for path in found], [(str(path),) for path in found]
-    labels, classes = number_labels([path.parent.name for path in found])
-    return Images(names, files, band_places(order), (len(order),), labels, classes)
-
-
-def number_labels(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Class numbers int64 [N], and the classes' names in order."""
-    classes, numbers = np.unique(labels, return_inverse=True)
-    return numbers, classes.tolist()
+    bands, counts = band_places(order), (len(order),)
+    twin = {path.name: str(path) for path in root.parent.glob("eurosat_s1/**/*.tif")}  # SAR
+    if dataset == "eurosat" and twin.keys() >= {path.name for path in found}:
+        files = [(str(path), twin[path.name]) for path in found]
+        bands, counts = bands | band_places(SEN12MS_S1, file=1), (len(order), 2)
+    classes, labels = np.unique([path.parent.name for path in found], return_inverse=True)
+    return Images(names, files, bands, counts, labels, classes.tolist())
 
 
 def list_sen12ms(root: Path) -> Images:
@@ -629,12 +627,14 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
     if not files[0].lower().endswith(TIFFS) and len(order) not in (1, 3):
         fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
-    labels, classes = None, []
+    names = [row["image"] for row in rows]
+    images = Images(names, [(file,) for file in files], band_places(order), (len(order),), None, [])
+    if "split" in rows[0]:
+        images = images._replace(part=[row["split"] for row in rows])
     if "label" in rows[0]:
-        labels, classes = number_labels([row["label"] for row in rows])
-    part = [row["split"] for row in rows] if "split" in rows[0] else None
-    names, files = [row["image"] for row in rows], [(file,) for file in files]
-    return Images(names, files, band_places(order), (len(order),), labels, classes, part)
+        classes, labels = np.unique([row["label"] for row in rows], return_inverse=True)
+        images = images._replace(labels=labels, classes=classes.tolist())
+    return images
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -829,17 +829,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches; then eval mode."""
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # cumulative mean
-            module.train()
-    with torch.no_grad():
-        for batch in batches:
-            with autocast(batch.device):
-                encoder(for_encoder(encoder, batch))
-    encoder.eval()
+    """Set each BatchNorm's running statistics to their mean over these batches."""
+    with autocast(next(encoder.parameters()).device):
+        images = (for_encoder(encoder, batch) for batch in batches)
+        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:
