@@ -10,20 +10,21 @@
     python probe.py --weights seco:seco_resnet50_1m.ckpt --export seco.safetensors
 
 One JSON in results/ for each band and seed; a rerun skips a result only when all that determines
-it is the same. After training, the encoder is proved unchanged, BatchNorm statistics included. Head
-as in the paper: Linear-128, BatchNorm, ReLU, Linear; cross-entropy, 100 epochs. The paper names no
-optimiser: SGD or Adam, and its learning rate, are chosen by F1 on a validation part of the training
-split, never on test. Exit status: 0 done, 1 bad data, 2 wrong use, 130 interrupted.
+it is the same. The frozen encoder is proved unchanged. Head as in the paper: Linear-128, BatchNorm,
+ReLU, Linear; 100 epochs. The paper names no optimiser: SGD or Adam and a learning rate are chosen
+by F1 on a validation part of the training split, never on test. Exit: 1 bad data, 2 wrong use.
 """
 
 import argparse
 import csv
+import functools
+import glob
 import hashlib
+import io
 import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,19 +42,19 @@ REVISIONS = {  # repository on the hub, revision
     "resisc45": "isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e",
 }
 DOWNLOADS = """
-eurosat       eurosat      EuroSATallBands.zip        5ac12b3b2557aa56e1826e981e8e200e
-eurosat-rgb   eurosat-rgb  EuroSAT.zip                c8fa014336c82ac7804f0398fcb19387
-resisc45      resisc45     NWPU-RESISC45.zip          75206b2e16446591afa88e2628744886
-resisc45      resisc45     resisc45-train.txt         b5a4c05a37de15e4ca886696a85c403e
-resisc45      resisc45     resisc45-val.txt           a0770cee4c5ca20b8c32bbd61e114805
-resisc45      resisc45     resisc45-test.txt          3dda9e4988b47eb1de9f07993653eb08
-eurosat*      eurosat      eurosat-train.txt          908f142e73d6acdf3f482c5e80d851b1
-eurosat*      eurosat      eurosat-val.txt            95de90f2aa998f70a3b2416bfe0687b4
-eurosat*      eurosat      eurosat-test.txt           7ae5ab94471417b6e315763121e67c5f
-eurosat*      eurosat      eurosat-spatial-train.txt  7be3254be39f23ce4d4d144290c93292
-eurosat*      eurosat      eurosat-spatial-val.txt    acf392290050bb3df790dc8fc0ebf193
-eurosat*      eurosat      eurosat-spatial-test.txt   5ec1733f9c16116bf0aa2d921fc613ef
-"""  # data set, revision, file, MD5
+eurosat              eurosat      EuroSATallBands.zip        5ac12b3b2557aa56e1826e981e8e200e
+eurosat-rgb          eurosat-rgb  EuroSAT.zip                c8fa014336c82ac7804f0398fcb19387
+resisc45             resisc45     NWPU-RESISC45.zip          75206b2e16446591afa88e2628744886
+resisc45             resisc45     resisc45-train.txt         b5a4c05a37de15e4ca886696a85c403e
+resisc45             resisc45     resisc45-val.txt           a0770cee4c5ca20b8c32bbd61e114805
+resisc45             resisc45     resisc45-test.txt          3dda9e4988b47eb1de9f07993653eb08
+eurosat,eurosat-rgb  eurosat      eurosat-train.txt          908f142e73d6acdf3f482c5e80d851b1
+eurosat,eurosat-rgb  eurosat      eurosat-val.txt            95de90f2aa998f70a3b2416bfe0687b4
+eurosat,eurosat-rgb  eurosat      eurosat-test.txt           7ae5ab94471417b6e315763121e67c5f
+eurosat,eurosat-rgb  eurosat      eurosat-spatial-train.txt  7be3254be39f23ce4d4d144290c93292
+eurosat,eurosat-rgb  eurosat      eurosat-spatial-val.txt    acf392290050bb3df790dc8fc0ebf193
+eurosat,eurosat-rgb  eurosat      eurosat-spatial-test.txt   5ec1733f9c16116bf0aa2d921fc613ef
+"""  # data sets, revision, file, MD5
 TIFFS, PHOTOS = (".tif", ".tiff"), (".jpg", ".jpeg", ".png")
 SUFFIXES = {"eurosat": TIFFS, "eurosat-rgb": PHOTOS, "resisc45": PHOTOS}  # in folders by class
 EUROSAT_BANDS = "B01 B02 B03 B04 B05 B06 B07 B08 B09 B10 B11 B12 B8A".split()  # B8A is LAST
@@ -79,7 +80,6 @@ CHOICES: dict[str, list[tuple[str, float]]] = {  # settings tried on the validat
     "finetune": [("adamw", 1e-3), ("adamw", 1e-4)],  # learning rates
 }
 CHOSEN = {"linear": "l2_penalty", "knn": "neighbours"}  # as results say it; learning_rate else
-NO_BANDCROP = "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first"
 FINETUNE_STEPS = 600  # at least, however few the images
 
 
@@ -96,9 +96,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--band", "--bands", dest="bands", help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
     add("--bands-in-file", help="csv: the files' bands in order (photos: Red,Green,Blue, or one)")
     add("--weights", help="encoder.safetensors of pretrain.py (runs/rs-byol-1's where it is, else "
-        "random); random; scratch: random and --finetune; stats: no network, twelve statistics of "
-        "each band, the floor; imagenet, imagenet-v2, coco; imagenet:, byol-imagenet:, seco:, "
-        "coco:FILE")
+        "random); random; scratch: random and --finetune; stats: the floor, twelve statistics of "
+        "each band; imagenet, imagenet-v2, coco; imagenet:, byol-imagenet:, seco:, coco:FILE")
     add("--export", type=Path, metavar="FILE", help="write these weights in our format, which "
         "segment.py takes, and end")
     add("--finetune", action="store_true", help="train the encoder too: AdamW, one cycle, flips "
@@ -110,9 +109,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "7000 is the paper's EuroSAT 7K, 5000 its Sen12MS 5K")
     add("--train-images", type=int, metavar="N", help="learn from N labels, stratified, drawn anew "
         "for each seed; the test set stays as it is")
-    add("--size", type=int, metavar="PX", help="side of the encoder's input: 64 for EuroSAT, else "
-        "128 (F1 of a random ResNet-18 at 64, 128, 224: EuroSAT 0.48, 0.45, 0.49, RESISC45 0.10, "
-        "0.16, 0.15; 224 takes twelve times as long as 64)")
+    add("--size", type=int, metavar="PX", help="side of the encoder's input (EuroSAT 64, else 128)")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training images (default) or as the encoder was pre-trained with")
     add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
@@ -125,46 +122,45 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "random weights (1)")
     add("--embed", type=Path, metavar="FILE.npz", help="write the features of every image, "
         "labelled or not, and end; bands standardised over all of them")
-    add("--embeddings", action="store_true", help="write the test images' features beside each "
-        "result, for analyze.py")
     add("--cam", type=int, default=0, metavar="K", help="FullGrad maps of K test images (PNG)")
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
     # fmt: on
-    if not args.dataset and not args.export:
-        fail(2, f"--dataset is missing: one of {', '.join([*SUFFIXES, 'sen12ms', 'csv'])}")
     for name, least in (("size", 32), ("epochs", 1), ("seeds", 1), ("cam", 0),
                         ("subset", 1), ("train_images", 1)):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < least:
             fail(2, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not args.dataset and not args.export:
+        fail(2, f"--dataset is missing: one of {', '.join([*SUFFIXES, 'sen12ms', 'csv'])}")
+    args.root = args.root or Path("data") / str(args.dataset)
     if args.download:
-        download(args.dataset, args.root or Path("data") / args.dataset)
+        download(args.dataset, args.root)
         if not args.bands:
             raise SystemExit(0)
     args.weights = find_any_weights(args.weights)
+    source, others = args.weights.source, args.weights.name in OTHERS.values()
+    if args.export and (not others or args.weights.tensors):
+        fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
     if args.export:
-        if args.weights.name not in OTHERS.values() or args.weights.tensors:
-            fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
         return args
-    args.root = args.root or Path("data") / args.dataset
     args.size = args.size or SIZES.get(args.dataset, 128)
-    args.finetune |= args.weights.source == "scratch"
-    if args.finetune and args.weights.source == "random":  # which is the same
-        args.weights = find_weights("scratch")
-    if args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"):
-        fail(2, "training the encoder too: --head, --bn and --stats do not apply")
-    if args.weights.source == "stats" and (args.finetune or args.cam or args.bn != "encoder"):
-        fail(2, "--weights stats has no network: --finetune, --cam and --bn do not apply")
-    if args.cam and args.head != "mlp":
-        fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
-    if not args.bands:
-        fail(2, "--band is missing: RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; or all")
-    if args.finetune and args.embed:
-        fail(2, "--embed trains nothing: not with --finetune or scratch")
-    if not args.root.exists():
-        fail(2, missing_data(args.dataset, args.root))
+    if source == "scratch" or (args.finetune and source == "random"):  # which are the same
+        args.finetune, args.weights = True, find_weights("scratch")
+    for wrong, message in (
+        (args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"),
+         "training the encoder too: --head, --bn and --stats do not apply"),
+        (source == "stats" and (args.finetune or args.cam or args.bn != "encoder"),
+         "--weights stats has no network: --finetune, --cam and --bn do not apply"),
+        (args.cam and args.head != "mlp",
+         f"--cam goes back through the paper's head: not with --head {args.head}"),
+        (args.embed and args.finetune, "--embed trains nothing: not with --finetune or scratch"),
+        (not args.bands, "--band is missing: RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; or all"),
+        (not args.root.exists(), missing_data(args.dataset, args.root)),
+    ):  # fmt: skip
+        if wrong:
+            fail(2, message)
     args.root = args.root.resolve()  # one of the things that a result is known by
     open_folder(args.embed.parent if args.embed else args.out)
     return args
@@ -175,8 +171,8 @@ def sources(dataset: str) -> list[tuple[str, str]]:
     rows = [line.split() for line in DOWNLOADS.strip().splitlines()]
     return [
         (f"{HUB}/{REVISIONS[revision]}/{file}", md5)
-        for name, revision, file, md5 in rows
-        if name == dataset or (name.endswith("*") and dataset.startswith(name[:-1]))
+        for names, revision, file, md5 in rows
+        if dataset in names.split(",")
     ]
 
 
@@ -185,14 +181,14 @@ def missing_data(dataset: str, root: Path) -> str:
     if dataset == "csv":
         return f"{root}: no such file\n  it has the columns image,label and, if it likes, split"
     if dataset == "sen12ms":
-        where = "comes by rsync from dataserv.ub.tum.de (user and password m1474000)"
         return (
-            f"{root}: no SEN12MS with its lc tiles there\n  it {where}; give its folder as --root"
+            f"{root}: no SEN12MS with its lc tiles there; give its folder as --root\n"
+            "  it comes by rsync from dataserv.ub.tum.de (user and password m1474000)"
         )
     (url, md5), *_ = sources(dataset)
-    command = f"python probe.py --dataset {dataset} --root {root} --download"
     return (
-        f"{root}: no {dataset} there; get it with: {command}\n  or unpack {url} (md5 {md5}) there"
+        f"{root}: no {dataset} there; get it with: python probe.py --dataset {dataset} "
+        f"--root {root} --download\n  or unpack {url} (md5 {md5}) there"
     )
 
 
@@ -202,22 +198,19 @@ def download(dataset: str, root: Path) -> None:
         fail(2, f"--download does not know {dataset}: " + missing_data(dataset, root))
     if root.exists() and any(root.iterdir()):
         fail(2, f"--download: {root} is not empty; remove it or choose another --root")
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    from torchvision.datasets.utils import download_and_extract_archive, download_url
 
     part = root.with_name(root.name + ".part")
     for url, md5 in sources(dataset):
-        file = part / url.rsplit("/", 1)[1]
+        fetch = download_and_extract_archive if url.endswith(".zip") else download_url
         try:
-            if not check_integrity(file, md5):  # else an interrupted run has fetched it
-                file.unlink(missing_ok=True)
-                download_url(url, part, md5=md5)
-            if file.suffix == ".zip":
-                extract_archive(file, part)
+            fetch(url, str(part), md5=md5)  # keeps what an interrupted run has fetched
         except (OSError, RuntimeError) as error:
             fail(1, f"--download: {url}: {str(error).splitlines()[0]}; run it again to go on")
     for archive in part.glob("*.zip"):
         archive.unlink()
-    shutil.rmtree(root, ignore_errors=True)  # empty, as checked above
+    if root.exists():
+        root.rmdir()  # empty, as checked above
     part.rename(root)
 
 
@@ -274,23 +267,19 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(1, f"{path}: not a readable UTF-8 text ({error})")
-    header: list[str] = []
+    header = [name.strip() for name in lines[0].split(",")]
+    if any(header.count(column) != 1 for column in columns):
+        fail(1, f"{path} line 1: {lines[0][:80]!r} lacks one of the columns {','.join(columns)}, "
+                "or commas between them")  # fmt: skip
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[1:], 2):
         try:
             values = next(csv.reader([line], strict=True), [])
         except csv.Error as error:
             fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
-        if not header:
-            header = [value.strip() for value in values]
-            for column in columns:
-                if header.count(column) != 1:
-                    other = next((mark for mark in ";\t" if mark in line), "")
-                    why = f" (separator {other!r}?)" if other else ""
-                    fail(1, f"{path} line 1: no column {column}{why}: {line[:80]!r}")
-        elif values:
-            if len(values) != len(header):
-                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+        if values and len(values) != len(header):
+            fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+        if values:
             rows.append(dict(zip(header, values, strict=True)) | {"line": str(number)})
     if not rows:
         fail(1, f"{path}: no row under the header {','.join(header)}")
@@ -306,8 +295,6 @@ TRIPLES = {
     "RE": ["RE5", "RE6", "RE7"],
     "SAR": ["SAR1", "SAR2", "SAR1"],
 }
-# Results whose settings are equal in these may stand in one table.
-COMPARED = "files images classes ignored train_images head size arch bn stats epochs".split()
 
 
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
@@ -375,8 +362,10 @@ def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result with its versions; one that is there is never replaced."""
-    result["versions"] = {"python": platform.python_version(), "numpy": np.__version__}
-    result["versions"] |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    result["versions"] = {
+        "python": platform.python_version(), "numpy": np.__version__,
+        "torch": torch.__version__, "torchvision": torchvision.__version__,
+    }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
         write_atomic(path, lambda beside: beside.write_text(text) and None)
@@ -386,36 +375,34 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def print_table(out: Path, paths: list[Path], metric: str) -> None:
     """The metric of this run's results by band, beside random's and the floor's in `out`.
 
+    They stand beside it where config's "task" is equal: all that determines a result but weights.
     Mean over seeds and half the width of the 95 % interval (Student's t) where there are several.
     """
     from scipy.special import stdtrit  # Student's quantile; here, as it takes a second to import
 
-    first = json.loads(paths[0].read_text())
-    found: dict[str, dict[str, dict[int, float]]] = {}  # name: band: seed
-    for path in [*paths, *sorted(out.glob("*.json"))]:
+    own = [json.loads(path.read_text()) for path in paths]
+    name, config = own[0]["weights"]["name"], own[0]["config"]
+    tasks = {result["config"]["task"] for result in own}
+    for path in sorted(out.glob("*.json")):
         try:
-            result = json.loads(path.read_text())
-            name, settings = result["weights"]["name"], result["config"]
-            if path not in paths:
-                if name not in ("Random init", "stats") or name == first["weights"]["name"]:
-                    continue
-                if any(
-                    result[key] != first[key] for key in ("stage", "dataset", "split", "subset")
-                ):
-                    continue
-                both = [(settings.get(key), first["config"].get(key)) for key in COMPARED]
-                if any(None not in pair and pair[0] != pair[1] for pair in both):
-                    continue
-            seeds = found.setdefault(name, {}).setdefault("+".join(result["bands"]), {})
-            seeds[result["seed"]] = result["metrics"][metric]
+            other = json.loads(path.read_text())
+            alike = other["config"]["task"] in tasks and all(
+                other["config"][key] in (None, config[key]) for key in ("arch", "bn")
+            )  # None: the floor has neither
+            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+                own.append(other)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no result of this script
+    found: dict[str, dict[str, list[float]]] = {}  # name: band
+    for result in own:
+        bands = found.setdefault(result["weights"]["name"], {})
+        bands.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
     print("".join(f"{title:22}" for title in ("band", *found)).rstrip())
-    for band in found[first["weights"]["name"]]:
+    for band in found[name]:
         cells = [band]
         for bands in found.values():
-            values = np.array([*bands.get(band, {}).values()])
+            values = np.array(bands.get(band, []))
             cells.append(f"{values.mean():.3f}" if len(values) else "-")
             if len(values) > 1:
                 half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
@@ -424,19 +411,15 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
 
 
 class Progress:
-    """Says how far a part of the work is: in place on a terminal, once a minute in a log file."""
+    """Says how far a part of the work is: on a terminal each 5 s, in a log file each minute."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.terminal, self.said = what, sys.stderr.isatty(), time.monotonic()
+        self.what, self.said = what, time.monotonic()
+        self.pause = 5 if sys.stdout.isatty() else 60
 
     def __call__(self, done: int, count: int, note: str = "") -> None:
-        if time.monotonic() - self.said < (0.1 if self.terminal else 60) and done < count:
-            return
-        self.said = time.monotonic()
-        if self.terminal:
-            line = f"  {self.what}: {done} of {count}{note}" if done < count else ""
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif done < count:
+        if done < count and time.monotonic() - self.said >= self.pause:
+            self.said = time.monotonic()
             print(f"  {self.what}: {done} of {count}{note}", flush=True)
 
 
@@ -489,12 +472,14 @@ def weights_file(file: Path, asked: str) -> bytes:
         fail(2, f"{asked}: no file {file}; see --help for what --weights takes")
     data = file.read_bytes()
     start = data[:64].lstrip().lower()
+    for beginning, what in (
+        (b"<!doctype", "a web page: fetch it again"), (b"<html", "a web page: fetch it again"),
+        (b"version https://git-lfs", "a git-lfs pointer: run git lfs pull"),
+    ):  # fmt: skip
+        if start.startswith(beginning):
+            fail(1, f"{file}: is no weights file but {what}")
     if not start:
         fail(1, f"{file}: is empty: fetch it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        fail(1, f"{file}: is no weights file but a web page: fetch it again")
-    if start.startswith(b"version https://git-lfs"):
-        fail(1, f"{file}: is no weights file but a git-lfs pointer: run git lfs pull")
     return data
 
 
@@ -524,10 +509,8 @@ def find_any_weights(text: str | None) -> Weights:
         return find_weights(text)
     if not name and kind in ("byol-imagenet", "seco"):
         fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
-    if not name:
-        return Weights(OTHERS[kind], kind, None, {}, {})
-    digest = hashlib.sha256(weights_file(Path(name), f"--weights {text}")).hexdigest()
-    return Weights(OTHERS[kind], f"{kind}:{name}", digest, {}, {})
+    digest = name and hashlib.sha256(weights_file(Path(name), f"--weights {text}")).hexdigest()
+    return Weights(OTHERS[kind], str(text), digest or None, {}, {})
 
 
 if __name__ == "__main__":
@@ -539,8 +522,8 @@ from torch import nn  # noqa: E402
 
 try:
     import bandcrop
-except ImportError:  # photos do without
-    bandcrop = None
+except ImportError:
+    fail(2, "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first")
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -551,8 +534,7 @@ class Images(NamedTuple):
     counts: tuple[int, ...]  # how many bands each of `files` must have
     labels: np.ndarray | None  # int64 [N]
     classes: list[str]
-    part: list[str] | None  # the csv's split column
-    synthetic: bool
+    part: list[str] | None = None  # train, val, test or "" for each image, where a list says so
 
     @property
     def geotiff(self) -> bool:
@@ -562,6 +544,7 @@ class Images(NamedTuple):
 class Setup(NamedTuple):
     """How images reach the encoder."""
 
+    images: Images
     bands: list[str]
     size: int
     mean: list[float]
@@ -572,37 +555,29 @@ class Setup(NamedTuple):
 
 def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
     """Every image below `root`, in an order that does not depend on the disk."""
-    synthetic = (root if root.is_dir() else root.parent).joinpath("SYNTHETIC.txt").exists()
     if dataset == "sen12ms":
-        return list_sen12ms(root, synthetic)
+        return list_sen12ms(root)
     if dataset == "csv":
-        return list_csv(root, bands_in_file, synthetic)
-    found: list[Path] = []
-    for depth in range(7):  # class folders lie at the root, or below, by who unpacked them
-        inside = root.glob("*/" * depth + "*/*")
-        found = found or sorted(
-            p for p in inside if p.suffix.lower() in SUFFIXES[dataset] and p.name[0] != "."
-        )
+        return list_csv(root, bands_in_file)
+    everything = glob.glob(f"{glob.escape(str(root))}/**/*", recursive=True)  # hidden files aside
+    found = sorted(Path(p) for p in everything if p.lower().endswith(SUFFIXES[dataset]))
     if not found:
         fail(2, missing_data(dataset, root))
     above = sorted({str(path.parents[1]) for path in found})
     if len(above) > 1:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
-    files = [(str(path),) for path in found]
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
+    names, files = [path.stem for path in found], [(str(path),) for path in found]
     bands, counts = band_places(order), (len(order),)
-    if dataset == "eurosat":  # its SAR twin: the same file names in a folder beside
-        twin = {path.name: str(path) for path in root.parent.glob("eurosat_s1/**/*.tif")}
-        if twin and all(path.name in twin for path in found):
-            files = [(str(path), twin[path.name]) for path in found]
-            bands, counts = bands | band_places(SEN12MS_S1, file=1), (len(order), 2)
-    classes = sorted({path.parent.name for path in found})
-    labels = np.array([classes.index(path.parent.name) for path in found])
-    names = [path.stem for path in found]
-    return Images(names, files, bands, counts, labels, classes, None, synthetic)
+    twin = {path.name: str(path) for path in root.parent.glob("eurosat_s1/**/*.tif")}  # SAR
+    if dataset == "eurosat" and twin.keys() >= {path.name for path in found}:
+        files = [(str(path), twin[path.name]) for path in found]
+        bands, counts = bands | band_places(SEN12MS_S1, file=1), (len(order), 2)
+    classes, labels = np.unique([path.parent.name for path in found], return_inverse=True)
+    return Images(names, files, bands, counts, labels, classes.tolist())
 
 
-def list_sen12ms(root: Path, synthetic: bool) -> Images:
+def list_sen12ms(root: Path) -> Images:
     """A scene's label is the simplified class that covers most of the lc tile's IGBP layer."""
     names, files, labels = [], [], []
     for lc in sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS):
@@ -612,9 +587,6 @@ def list_sen12ms(root: Path, synthetic: bool) -> Images:
             / tile.replace("_lc_", f"_{kind}_")
             for kind in ("s2", "s1")
         ]  # fmt: skip
-        for path in pair:
-            if not path.is_file():
-                fail(1, f"{lc}: no tile {path} beside it; complete the archive or remove the lc")
         igbp = bandcrop.read(str(lc), bands=[0])
         if not 0 <= igbp.min() <= igbp.max() <= 17:
             fail(1, f"{lc}: IGBP classes {igbp.min()} to {igbp.max()}, not 0 to 17: no lc tile?")
@@ -626,48 +598,43 @@ def list_sen12ms(root: Path, synthetic: bool) -> Images:
     if not names:
         fail(2, missing_data("sen12ms", root))
     bands = band_places(SEN12MS_S2) | band_places(SEN12MS_S1, file=1)
-    return Images(names, files, bands, (13, 2), np.array(labels), LAND_COVER, None, synthetic)
+    return Images(names, files, bands, (13, 2), np.array(labels), LAND_COVER)
 
 
-def list_csv(path: Path, bands_in_file: str | None, synthetic: bool) -> Images:
+def list_csv(path: Path, bands_in_file: str | None) -> Images:
     """Images of a table: image, label (needless for --embed) and, if it likes, split."""
     rows = read_table(path, ["image"])
-    files, seen, spelt = [], {}, {}
-    for row in rows:
-        here, file = f"{path} line {row['line']}", path.parent / row["image"]
-        if not file.is_file():
-            fail(1, f"{here}: no file {file}")
-        first = seen.setdefault(os.path.realpath(file), row)
-        if first is not row:
-            differ = [k for k in ("label", "split") if row.get(k) != first.get(k)]
-            fail(1, f"{here}: {row['image']} stands in line {first['line']} already"
-                    + "".join(f", with another {k}" for k in differ))  # fmt: skip
-        if row.get("split", "train") not in ("train", "val", "test"):
-            fail(1, f"{here}: split {row['split']!r} is not train, val or test")
-        label = row.get("label", "-")
-        if not label.strip():
-            fail(1, f"{here}: the label is empty")
-        first = spelt.setdefault("".join(label.split()).lower(), row)
-        if label != first.get("label", "-"):
-            fail(1, f"{here}: label {label!r} differs from line {first['line']}'s "
-                    f"{first['label']!r} in blanks or case only; spell them alike")  # fmt: skip
-        files.append((str(file),))
-    tiffs = [file.lower().endswith(TIFFS) for (file,) in files]
-    if any(tiffs) != all(tiffs):
-        other = rows[tiffs.index(not tiffs[0])]["line"]
-        fail(1, f"{path} line {other}: GeoTIFFs and photos in one table: make it two")
-    if tiffs[0] and not bands_in_file:
-        fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
+    files = [str(path.parent / row["image"]) for row in rows]
+    seen, spelt = {}, {}  # the first row of each file, of each label
+    for row, file in zip(rows, files, strict=True):
+        label, split = row.get("label", "-"), row.get("split", "train")
+        same = seen.setdefault(os.path.realpath(file), row)
+        alike = spelt.setdefault("".join(label.split()).lower(), row)
+        for wrong, fault in (
+            (not os.path.isfile(file), f"no file {file}"),
+            (same is not row, f"{row['image']} stands in line {same['line']} already"),
+            (split not in ("train", "val", "test"), f"split {split!r} is not train, val or test"),
+            (not label.strip(), "the label is empty"),
+            (label != alike.get("label", "-"),
+             f"label {label!r} is line {alike['line']}'s but for blanks or case; spell them alike"),
+            (file.lower().endswith(TIFFS) != files[0].lower().endswith(TIFFS),
+             "GeoTIFFs and photos in one table: make it two"),
+        ):  # fmt: skip
+            if wrong:
+                fail(1, f"{path} line {row['line']}: {fault}")
     order = (bands_in_file or "Red,Green,Blue").split(",")
-    if not tiffs[0] and len(order) not in (1, 3):
+    if files[0].lower().endswith(TIFFS) and not bands_in_file:
+        fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
+    if not files[0].lower().endswith(TIFFS) and len(order) not in (1, 3):
         fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
-    classes, labels = [], None
-    if "label" in rows[0]:
-        classes = sorted({row["label"] for row in rows})
-        labels = np.array([classes.index(row["label"]) for row in rows])
-    part = [row["split"] for row in rows] if "split" in rows[0] else None
     names = [row["image"] for row in rows]
-    return Images(names, files, band_places(order), (len(order),), labels, classes, part, synthetic)
+    images = Images(names, [(file,) for file in files], band_places(order), (len(order),), None, [])
+    if "split" in rows[0]:
+        images = images._replace(part=[row["split"] for row in rows])
+    if "label" in rows[0]:
+        classes, labels = np.unique([row["label"] for row in rows], return_inverse=True)
+        images = images._replace(labels=labels, classes=classes.tolist())
+    return images
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -685,11 +652,10 @@ def split_images(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Places of the fit, validation and test images; and whether a list names the validation part.
 
-    parts: train, val, test or "" for each image, by --split's list. Without such a list the
-    validation part is a fifth of the training split, and the head is trained once more, on the
-    whole training split, when its settings are chosen.
+    Without such a list it is a fifth of the training split, and the head is trained once more, on
+    the whole training split, when its settings are chosen.
     """
-    rng = np.random.default_rng(seed)
+    rng, none = np.random.default_rng(seed), np.array([], int)
     rows = np.arange(len(labels))
     if args.subset is not None:
         if args.subset > len(rows):
@@ -697,11 +663,11 @@ def split_images(
         rows = stratified(labels, args.subset, rng)
     if parts is None:
         test = rows[stratified(labels[rows], round(0.2 * len(rows)), rng)]
-        fit, val = np.setdiff1d(rows, test), np.array([], int)
+        fit, val = np.setdiff1d(rows, test), none
     else:
         fit, val, test = (rows[np.array(parts)[rows] == name] for name in ("train", "val", "test"))
     if args.train_images is not None:
-        fit, val = np.sort(np.concatenate([fit, val])), np.array([], int)
+        fit, val = np.sort(np.concatenate([fit, val])), none
         if args.train_images > len(fit):
             fail(2, f"--train-images {args.train_images}: {len(fit)} are there to learn from")
         fit = fit[stratified(labels[fit], args.train_images, rng)]
@@ -709,10 +675,10 @@ def split_images(
     if not listed and len(fit):
         val = fit[stratified(labels[fit], round(0.2 * len(fit)), rng)]
         fit = np.setdiff1d(fit, val)
-    if min(len(fit), len(val), len(test)) < 2 or len(np.unique(labels[fit])) < 2:
-        counts = f"{len(fit)} to fit, of {len(np.unique(labels[fit]))} classes; {len(val)} to "
-        counts += f"validate, {len(test)} to test"
-        fail(1, f"{args.root}, --split {args.split}: too few images or classes: {counts}")
+    classes = len(np.unique(labels[fit]))
+    if min(len(fit), len(val), len(test), classes) < 2:
+        fail(1, f"{args.root}, --split {args.split}: too few: {len(fit)} images of {classes} "
+                f"classes to fit, {len(val)} to validate, {len(test)} to test")  # fmt: skip
     return fit, val, test, listed
 
 
@@ -721,23 +687,18 @@ def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
     set; None where --split is random."""
     if args.split == "random" or images.part:
         return images.part if args.split != "random" else None
+    stem = args.dataset.removesuffix("-rgb") + "-spatial" * (args.split == "spatial")
+    lists = {part: f"{stem}-{part}.txt" for part in ("train", "val", "test")}
     if args.dataset == "sen12ms" and args.split == "official":
         lists = {"train": "train_list.txt", "test": "test_list.txt"}
-    else:
-        stem = args.dataset.removesuffix("-rgb") + "-spatial" * (args.split == "spatial")
-        lists = {part: f"{stem}-{part}.txt" for part in ("train", "val", "test")}
     parts: dict[str, str] = {}
     for part, name in lists.items():
         path = next((p for p in (args.root / name, args.root.parent / name) if p.is_file()), None)
         if path is None:
             fail(2, f"--split {args.split}: no list {args.root / name}; use --split random")
-        try:
-            stems = [Path(line).stem for line in path.read_text("utf-8").split()]
-        except UnicodeDecodeError:
-            fail(1, f"{path}: no list of file names but a binary file")
-        for stem in stems:
-            if parts.setdefault(stem, part) != part:
-                fail(1, f"{path}: {stem} stands in {lists[parts[stem]]} too")
+        for line in path.read_text("utf-8", "replace").split():
+            if parts.setdefault(Path(line).stem, part) != part:
+                fail(1, f"{path}: {line} stands in {lists[parts[Path(line).stem]]} too")
     return [parts.get(name, "") for name in images.names]
 
 
@@ -759,14 +720,6 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
     return np.atleast_3d(np.asarray(photo)).transpose(2, 0, 1)
 
 
-def read_photos(images: Images, rows: np.ndarray, setup: Setup) -> torch.Tensor:
-    """Standardised whole photos float32 [n, C, size, size]."""
-    where = [images.bands[band][1] for band in setup.bands]
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (setup.mean, setup.std))
-    photos = [open_photo(images.files[row][0], setup.size, *images.counts) for row in rows]
-    return torch.from_numpy((np.stack(photos)[:, where] - mean) / std)
-
-
 def which_bands(images: Images, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
     """paths [n][C], bands [n, C] and bands_in_file [n, C] for bandcrop."""
     where = [images.bands[band] for band in bands]
@@ -782,50 +735,47 @@ def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
     if images.geotiff:
         mean, std = bandcrop.statistics(**which_bands(images, rows, bands))
     else:
-        sums, where = np.zeros((3, len(bands))), [images.bands[band][1] for band in bands]
+        count, total, squares = 0, np.zeros(len(bands)), np.zeros(len(bands))
+        where = [images.bands[band][1] for band in bands]
         for row in rows:
             photo = open_photo(images.files[row][0], None, *images.counts)[where].astype(float)
-            sums += [photo[0].size * np.ones(len(bands)), photo.sum((1, 2)),
-                     np.square(photo).sum((1, 2))]  # fmt: skip
-        mean = sums[1] / sums[0]
-        std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 0))
+            count += photo[0].size
+            total += photo.sum((1, 2))
+            squares += np.square(photo).sum((1, 2))
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     if (std == 0).any():
         band = bands[int(np.argmin(std))]
         fail(1, f"band {band} is constant over the {len(rows)} training images: nothing to learn")
     return mean.tolist(), std.tolist()
 
 
-def read_ahead(images: Images, rows: np.ndarray, setup: Setup) -> Iterator[torch.Tensor]:
-    """Batches float32 [n, C, S, S] of `rows` in order; the next is read while one is worked on.
-
-    On the CPU a batch is valid until the next one.
-    """
+def read_ahead(setup: Setup, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    """Batches float32 [n, C, S, S] of the images `rows` in order; valid until the next one."""
+    images, channels_last = setup.images, torch.channels_last
     parts = np.array_split(rows, -(-len(rows) // ENCODE_BATCH))  # never leaves a batch of one
+    mean, std = (np.array(value, np.float32) for value in (setup.mean, setup.std))
     if images.geotiff:
-        norm = [np.array(value, np.float32) for value in (setup.mean, setup.std)]
         requests = (
             which_bands(images, part, setup.bands)
-            | {
-                key: np.tile(v, (len(part), 1))
-                for key, v in zip(("mean", "std"), norm, strict=True)
-            }
+            | {"mean": np.tile(mean, (len(part), 1)), "std": np.tile(std, (len(part), 1))}
             for part in parts
         )
         shape = (len(parts[0]), len(setup.bands), setup.size, setup.size)
         for batch in bandcrop.stream(requests, shape, setup.device):
             setup.spent["read"] += batch.waited
             setup.spent["replaced"] += int(batch.report.replaced.sum())
-            yield batch.x.contiguous(memory_format=torch.channels_last)
+            yield batch.x.contiguous(memory_format=channels_last)
         return
-    with ThreadPoolExecutor(1) as ahead:
-        pending = ahead.submit(read_photos, images, parts[0], setup)
-        for following in [*parts[1:], None]:
+    where = [images.bands[band][1] for band in setup.bands]
+    with ThreadPoolExecutor() as pool:
+        for part in parts:
             began = time.perf_counter()
-            x = pending.result()
+            files = [images.files[row][0] for row in part]
+            photos = pool.map(lambda file: open_photo(file, setup.size, *images.counts), files)
+            x = (np.stack([*photos])[:, where] - mean[:, None, None]) / std[:, None, None]
             setup.spent["read"] += time.perf_counter() - began
-            if following is not None:
-                pending = ahead.submit(read_photos, images, following, setup)
-            yield x.to(setup.device).contiguous(memory_format=torch.channels_last)
+            yield torch.from_numpy(x).to(setup.device).contiguous(memory_format=channels_last)
 
 
 # ------------------------------------------------------------------------------------- encoder
@@ -879,17 +829,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches; then eval mode."""
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # cumulative mean
-            module.train()
-    with torch.no_grad():
-        for batch in batches:
-            with autocast(batch.device):
-                encoder(for_encoder(encoder, batch))
-    encoder.eval()
+    """Set each BatchNorm's running statistics to their mean over these batches."""
+    with autocast(next(encoder.parameters()).device):
+        images = (for_encoder(encoder, batch) for batch in batches)
+        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -918,15 +861,14 @@ def others_tensors(weights: Weights, arch: str) -> Weights:
     """The weights with the encoder's tensors by torchvision's names, from a layout of OTHERS."""
     kind, _, name = weights.source.partition(":")
     found = read_tensors(Path(name)) if name else download_tensors(kind, arch)
+    held = found.get("state_dict", found)
     if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
-        values = list(found.get("online_backbone", {}).values())
-        names = list(build_encoder("resnet50", 3).state_dict())
-        tensors = dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+        values = found.get("online_backbone", {}).values()
+        tensors = dict(zip(build_encoder("resnet50", 3).state_dict(), values, strict=False))
     else:
-        held = found.get("state_dict", found)
         if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
-            stages = ("conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4")
-            starts = {f"encoder_q.{i}.": f"{stage}." for i, stage in enumerate(stages) if stage}
+            stages = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
+            starts = {f"encoder_q.{place}.": f"{stage}." for place, stage in stages.items()}
         else:  # "", "module.", "backbone.": whatever precedes the first convolution's name
             firsts = [key for key in held if key.endswith("conv1.weight")]
             starts = {min(firsts, key=len, default="").removesuffix("conv1.weight"): ""}
@@ -941,11 +883,7 @@ def others_tensors(weights: Weights, arch: str) -> Weights:
     arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
     if not arch or "conv1.weight" not in tensors:
         fail(1, f"{weights.source}: not the layout of {kind!r}: {count} tensors fit it, a ResNet "
-                f"has 100, 180 or 265; it holds {len(found)} entries: {', '.join(list(found)[:3])}"
-                " ...")  # fmt: skip
-    for key, value in tensors.items():
-        if not value.isfinite().all():
-            fail(1, f"{weights.source}: {key} holds NaN or infinity: its run diverged")
+                f"has 100, 180 or 265; it holds {', '.join(list(found)[:3])} ...")  # fmt: skip
     return weights._replace(tensors=tensors, metadata={"arch": arch})
 
 
@@ -959,12 +897,10 @@ def read_tensors(file: Path) -> dict[str, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True)
         return found if isinstance(found, dict) else {}
     except Exception as error:  # whatever a broken file raises
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if not named:
-            fail(1, f"{file}: is no whole weights file: {str(error).splitlines()[0][:80]}")
-        fail(1, f"{file}: holds {named[1]} beside its tensors; nothing was executed. If you trust "
-                "it, keep the tensors only: torch.save(torch.load(FILE, weights_only=False)"
-                "['state_dict'], NEWFILE)")  # fmt: skip
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            fail(1, f"{file}: holds {named[1]} beside its tensors; nothing was executed. Where you "
+                    "trust it, save its 'state_dict' alone with torch.save")  # fmt: skip
+        fail(1, f"{file}: is no whole weights file: {str(error).splitlines()[0][:80]}")
 
 
 def download_tensors(kind: str, arch: str) -> dict[str, torch.Tensor]:
@@ -995,21 +931,16 @@ def export(weights: Weights, path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- features
-def encode(encoder: Callable, images: Images, rows: np.ndarray, setup: Setup) -> torch.Tensor:
-    """Features float32 [n, D] on the device, by a frozen encoder or `image_statistics`.
-
-    In bf16 instead of fp32, on 3,000 EuroSAT photos, single seeds' F1 moved by up to 0.02 either
-    way, means of five by -0.005, -0.004 and 0.000.
-    """
+def encode(encoder: Callable, setup: Setup, rows: np.ndarray) -> torch.Tensor:
+    """Features float32 [n, D] on the device, by a frozen encoder or `image_statistics`."""
     network = isinstance(encoder, nn.Module)
     if network:
         encoder.eval()  # else BatchNorm would use, and change with, the batch
-    features, done, progress = [], 0, Progress("encoding")
+    features, progress = [], Progress("encoding: batch")
     with torch.no_grad(), autocast(setup.device):
-        for x in read_ahead(images, rows, setup):
+        for x in read_ahead(setup, rows):
             features.append(encoder(for_encoder(encoder, x) if network else x).float())
-            done += len(x)
-            progress(done, len(rows))
+            progress(len(features), -(-len(rows) // ENCODE_BATCH))
     whole = torch.cat(features)
     if not whole.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
@@ -1046,11 +977,11 @@ def fit_mlps(
     """The paper's head on features [N, D] and labels int64 [N], once for each setting, side by side
     on the same batches; the rates fall along a cosine."""
     heads = [build_head(x.shape[1], classes).to(x.device) for _ in settings]
-    optimisers: list[Any] = [
-        torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
-        if how == "sgd" else torch.optim.Adam(head.parameters(), lr=rate)
+    kinds = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
+    optimisers = [
+        kinds[how](head.parameters(), lr=rate)
         for head, (how, rate) in zip(heads, settings, strict=True)
-    ]  # fmt: skip
+    ]
     batches = -(-len(x) // HEAD_BATCH)  # of sizes that differ by one: none has a single row
     falls = [torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs * batches) for o in optimisers]
     progress = Progress("head: epoch")
@@ -1068,26 +999,25 @@ def fit_mlps(
 
 
 def fit_heads(
-    kind: str, settings: list[tuple[str, float]], x: torch.Tensor, y: torch.Tensor, classes: int,
-    epochs: int,
-) -> list[Any]:  # fmt: skip
+    kind: str, settings: list[tuple], x: torch.Tensor, y: torch.Tensor, classes: int, epochs: int
+) -> list[Any]:
     """Heads of a kind, one for each setting, on features [N, D] and labels int64 [N]."""
     if kind == "mlp":
         return fit_mlps(x, y, classes, settings, epochs)
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import linear_model, neighbors, pipeline, preprocessing
 
-    heads = []
-    for _, value in settings:
+    def fit(value: float) -> Any:
         if kind == "linear":  # mean cross-entropy + value * |W|^2
-            head: Any = LogisticRegression(C=1 / (2 * value * len(x)), max_iter=10_000)
+            penalty = 1 / (2 * value * len(x))
+            head: Any = linear_model.LogisticRegression(C=penalty, max_iter=10_000)
         else:  # votes weighed by cosine similarity + 1
-            near = min(int(value), len(x))
-            head = KNeighborsClassifier(near, metric="cosine", weights=lambda far: 2 - far)
-        heads.append(make_pipeline(StandardScaler(), head).fit(x.cpu().numpy(), y.cpu().numpy()))
-    return heads
+            head = neighbors.KNeighborsClassifier(
+                min(int(value), len(x)), metric="cosine", weights=lambda far: 2 - far
+            )
+        model = pipeline.make_pipeline(preprocessing.StandardScaler(), head)
+        return model.fit(x.cpu().numpy(), y.cpu().numpy())
+
+    return [fit(value) for _, value in settings]
 
 
 def choose_head(
@@ -1096,8 +1026,7 @@ def choose_head(
     """The setting with the best F1 on the validation rows, and its head.
 
     x, y: the training split's features and labels, the first `fit` rows to fit, the rest to choose
-    by; with `again` the chosen head is trained anew on all of them. Each setting is tried for all
-    epochs: tried for a quarter of them, the fastest wins instead of the best (up to 0.05 less F1).
+    by; with `again` the chosen head is trained anew on all of them.
     """
     heads = fit_heads(kind, CHOICES[kind], x[:fit], y[:fit], classes, epochs)
     truth, names = y[fit:].cpu().numpy(), [str(label) for label in range(classes)]
@@ -1118,38 +1047,49 @@ def predict(head: Any, x: torch.Tensor) -> np.ndarray:
 
 
 def fine_tune(
-    encoder: nn.Module, images: Images, rows: np.ndarray, setup: Setup, rate: float, epochs: int,
-    seed: int,
-) -> nn.Module:  # fmt: skip
-    """Encoder and head together: AdamW, decay 0.05, one cycle, turned and mirrored batches.
-
-    Where the images are few, as many epochs as make FINETUNE_STEPS. Returns the head.
-    """
+    args: argparse.Namespace, setup: Setup, rows: np.ndarray, rate: float, seed: int
+) -> tuple[nn.Module, nn.Module]:
+    """Encoder and head, trained together on the images `rows`: AdamW, decay 0.05, one cycle, turned
+    and mirrored batches; where the images are few, as many epochs as make FINETUNE_STEPS."""
+    images, encoder = setup.images, prepare(args, setup, rows, seed)
     torch.manual_seed(seed)
     head = build_head(encoder.width, len(images.classes)).to(setup.device)
     model = nn.Sequential(encoder, head).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     batches = -(-len(rows) // ENCODE_BATCH)
-    epochs = max(epochs, -(-FINETUNE_STEPS // batches))
+    epochs = max(args.epochs, -(-FINETUNE_STEPS // batches))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches)
     rng, progress = np.random.default_rng(seed), Progress(f"learning rate {rate}: epoch")
     for epoch in range(epochs):
         order = rng.permutation(rows)
-        labels, done = torch.from_numpy(images.labels[order]).to(setup.device), 0
-        for batch in read_ahead(images, order, setup):
-            y = labels[done : done + len(batch)]
-            done += len(batch)
-            batch = torch.rot90(batch, int(rng.integers(4)), (2, 3))
-            batch = batch.flip(3) if rng.integers(2) else batch
+        labels = torch.from_numpy(images.labels[order]).to(setup.device).tensor_split(batches)
+        for x, y in zip(read_ahead(setup, order), labels, strict=True):  # split alike
+            x = torch.rot90(x, int(rng.integers(4)), (2, 3))
+            x = x.flip(3) if rng.integers(2) else x
             optimiser.zero_grad()
             with autocast(setup.device):
-                logits = head(encoder(for_encoder(encoder, batch)))
+                logits = head(encoder(for_encoder(encoder, x)))
             nn.functional.cross_entropy(logits.float(), y).backward()
             optimiser.step()
             schedule.step()
         progress(epoch + 1, epochs)
     model.eval().requires_grad_(False)
-    return head
+    return encoder, head
+
+
+def choose_fine_tuned(
+    args: argparse.Namespace, setup: Setup, fit: np.ndarray, val: np.ndarray, again: bool, seed: int
+) -> tuple[tuple, nn.Module, nn.Module]:
+    """The learning rate with the best F1 on the validation images, the encoder and the head; with
+    `again` these two are trained once more, on both parts."""
+    models = [fine_tune(args, setup, fit, rate, seed) for _, rate in CHOICES["finetune"]]
+    truth, classes = setup.images.labels[val], setup.images.classes
+    said = [predict(head, encode(encoder, setup, val)) for encoder, head in models]
+    best = int(np.argmax([f1_metrics(truth, each, classes)["f1_macro"] for each in said]))
+    setting = CHOICES["finetune"][best]
+    if again:
+        models[best] = fine_tune(args, setup, np.concatenate([fit, val]), setting[1], seed)
+    return setting, *models[best]
 
 
 # ------------------------------------------------------------------------------------- measures
@@ -1178,12 +1118,12 @@ def f1_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[
 # ---------------------------------------------------------- FullGrad (Srinivas and Fleuret 2019)
 def fullgrad_terms(
     model: nn.Module, x: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Take logits apart: each equals the sum of its input term and its bias terms (completeness).
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Take logits apart: each equals the sum of its terms (completeness).
 
     model: in eval mode, of layers with biases, ReLU, pooling; x: [N, C, H, W]; target: int64 [N].
-    Returns the logits [N], gradient * input [N, C, H, W] and, for each layer with a bias, gradient
-    * bias in the shape of its output; BatchNorm's bias is beta - mean * gamma / sqrt(var + eps).
+    Returns the logits [N]; and gradient * input [N, C, H, W] with, for each layer, gradient * bias
+    in the shape of its output; BatchNorm's bias is beta - mean * gamma / sqrt(var + eps).
     """
     kept: list[tuple[nn.Module, torch.Tensor]] = []
 
@@ -1191,118 +1131,115 @@ def fullgrad_terms(
         kept.append((module, output))
         return output.clone()  # for what follows in place: torchvision's ReLU and +=
 
-    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+    kinds = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # a ResNet's convolutions have no bias
     hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, kinds)]
-    try:
-        x = x.detach().requires_grad_()
-        logits = model(x).gather(1, target[:, None])[:, 0]
-        gradients = torch.autograd.grad(logits.sum(), [x, *(output for _, output in kept)])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    biases = []
-    for (module, output), gradient in zip(kept, gradients[1:], strict=True):
+    x = x.detach().requires_grad_()
+    logits = model(x).gather(1, target[:, None])[:, 0]
+    first, *gradients = torch.autograd.grad(logits.sum(), [x, *(output for _, output in kept)])
+    for hook in hooks:
+        hook.remove()
+    terms = [first * x]
+    for (module, output), gradient in zip(kept, gradients, strict=True):
         bias = module.bias
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if not isinstance(module, nn.Linear):
             shift = module.running_mean / (module.running_var + module.eps).sqrt()
-            bias = -shift if bias is None else bias - shift * module.weight
-        if bias is not None:
-            biases.append((gradient * bias.view(1, -1, *[1] * (output.ndim - 2))).detach())
-    return logits.detach(), (gradients[0] * x).detach(), biases
+            bias = bias - shift * module.weight
+        terms.append(gradient * bias.view(1, -1, *[1] * (output.ndim - 2)))
+    return logits.detach(), [term.detach() for term in terms]
 
 
 def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Saliency [N, H, W]: the input term and each layer's bias term (those that have a place), as
-    magnitudes, rescaled to 0..1, enlarged bilinearly, summed over channels and layers."""
-    _, input_term, biases = fullgrad_terms(model, x, target)
+    """Saliency [N, H, W]: the terms that have a place, as magnitudes, rescaled to 0..1, enlarged
+    bilinearly, summed over channels and layers."""
     saliency = torch.zeros_like(x[:, 0])
-    for term in (input_term, *(term for term in biases if term.ndim == 4)):
-        term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
-        term = term / term.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-        saliency += nn.functional.interpolate(term, x.shape[-2:], mode="bilinear").sum(1)
+    for term in fullgrad_terms(model, x, target)[1]:
+        if term.ndim == 4:
+            term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
+            term = term / term.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+            saliency += nn.functional.interpolate(term, x.shape[-2:], mode="bilinear").sum(1)
     return saliency
 
 
-def draw_cams(path: Path, pixels: np.ndarray, maps: np.ndarray, titles: list[str]) -> None:
-    """A sheet with a row for each image [K, C, H, W] under its title: the image, its map [K, H, W],
-    and the map divided by the mean of all maps, which shows what is this image's own.
+def save_cams(
+    path: Path, model: nn.Module, setup: Setup, rows: np.ndarray, said: np.ndarray
+) -> None:
+    """A sheet with a row for each image of `rows`: the image, the map of the class that was said of
+    it, and the map divided by the mean of all maps, which shows what is this image's own.
 
     At 64 px nearly all of a map comes from bias terms on grids of 2 to 8 px, with zero padding's
     pattern: maps of six classes correlate by 0.90 (authors' code: 0.91, and 0.98 with ours).
     """
     from matplotlib.figure import Figure
 
+    images, (encoder, _) = setup.images, model
+    targets = torch.from_numpy(said).to(setup.device).tensor_split(-(-len(rows) // ENCODE_BATCH))
+    pixels, parts = [], []
+    for x, target in zip(read_ahead(setup, rows), targets, strict=True):
+        parts.append(fullgrad(model, for_encoder(encoder, x), target).cpu())
+        pixels += [*x.cpu().numpy().copy()]  # its memory is the next batch's
+    maps = torch.cat(parts).numpy()
     figure = Figure(figsize=(7.5, 2.5 * len(maps)), layout="constrained")
     axes = figure.subplots(len(maps), 3, squeeze=False)
-    for row, image, heat, title in zip(axes, pixels, maps, titles, strict=True):
+    for shown, image, heat, truth, guess in zip(
+        axes, pixels, maps, images.labels[rows], said, strict=True
+    ):
         low, high = np.percentile(image, (2, 98), axis=(1, 2), keepdims=True)
-        shown = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
-        row[0].imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=1)
-        row[1].imshow(heat, cmap="inferno")
-        row[2].imshow(heat / np.maximum(maps.mean(0), 1e-12), cmap="inferno")
-        for axis, text in zip(row, (title, "FullGrad", "divided by the mean map"), strict=True):
+        photo = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
+        shown[0].imshow(photo.squeeze(), cmap="gray", vmin=0, vmax=1)
+        shown[1].imshow(heat, cmap="inferno")
+        shown[2].imshow(heat / np.maximum(maps.mean(0), 1e-12), cmap="inferno")
+        right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
+        titles = (f"{images.classes[truth]}: {right}", "FullGrad", "divided by the mean map")
+        for axis, title in zip(shown, titles, strict=True):
             axis.set_axis_off()
-            axis.set_title(text, fontsize=8, loc="left")
+            axis.set_title(title, fontsize=8, loc="left")
     write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    print(f"wrote {path}", flush=True)
 
 
 # -------------------------------------------------------------------------------------- one run
-def save_cams(
-    path: Path, encoder: nn.Module, head: nn.Module, images: Images, test: np.ndarray,
-    said: np.ndarray, setup: Setup, count: int,
-) -> None:  # fmt: skip
-    """Maps of the predicted class for `count` test images, spread over the classes."""
-    draw = stratified(images.labels[test], min(count, len(test)), np.random.default_rng(0))
-    model = nn.Sequential(encoder, head)
-    pixels, maps, targets = [], [], torch.from_numpy(said[draw]).to(setup.device)
-    for batch in read_ahead(images, test[draw], setup):
-        target, targets = targets[: len(batch)], targets[len(batch) :]
-        maps.append(fullgrad(model, for_encoder(encoder, batch), target).cpu())
-        pixels.append(batch.cpu().clone())  # its memory is the next batch's
-    titles = []
-    for truth, guess in zip(images.labels[test][draw], said[draw], strict=True):
-        right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
-        titles.append(f"{images.classes[truth]}: {right}")
-    draw_cams(path, torch.cat(pixels).numpy(), torch.cat(maps).numpy(), titles)
-    print(f"wrote {path}", flush=True)
+def standardise(
+    args: argparse.Namespace, images: Images, bands: list[str], rows: np.ndarray
+) -> Setup:
+    """By mean and deviation of each band over the training images `rows`, or the encoder's own."""
+    began, about = time.perf_counter(), args.weights.metadata
+    if args.stats == "train":
+        mean, std = band_statistics(images, rows, bands)
+    else:
+        where = [about["bands"].index(band) for band in bands]
+        mean, std = ([about[key][i] for i in where] for key in ("mean", "std"))
+    spent = {"read": time.perf_counter() - began, "replaced": 0}
+    return Setup(images, bands, args.size, mean, std, args.device, spent)
 
 
-def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    def write(beside: Path) -> None:
-        with open(beside, "wb") as file:  # given a path, numpy would add .npz to it
-            np.savez(file, **arrays)
-
-    write_atomic(path, write)
-    print(f"wrote {path}", flush=True)
-
-
-def choose_fine_tuned(
-    make: Callable[[], nn.Module], images: Images, fit: np.ndarray, val: np.ndarray, again: bool,
-    setup: Setup, epochs: int, seed: int,
-) -> tuple[tuple, nn.Module, nn.Module]:  # fmt: skip
-    """The learning rate with the best F1 on the validation part, the encoder and the head.
-
-    Each rate starts from make(); with `again` the chosen one is trained once more, on both parts.
-    """
-
-    def tuned(rate: float, rows: np.ndarray) -> tuple[nn.Module, nn.Module]:
-        encoder = make()
-        return encoder, fine_tune(encoder, images, rows, setup, rate, epochs, seed)
-
-    models = [tuned(rate, fit) for _, rate in CHOICES["finetune"]]
-    scores = []
-    for encoder, head in models:
-        said = predict(head, encode(encoder, images, val, setup))
-        scores.append(f1_metrics(images.labels[val], said, images.classes)["f1_macro"])
-    best = int(np.argmax(scores))
-    setting = CHOICES["finetune"][best]
-    return setting, *(tuned(setting[1], np.concatenate([fit, val])) if again else models[best])
+def prepare(args: argparse.Namespace, setup: Setup, rows: np.ndarray, seed: int) -> Any:
+    """The frozen encoder on the device, its BatchNorm re-estimated on `rows` if asked; or the
+    statistics that stand in for one."""
+    if args.weights.source == "stats":
+        return image_statistics
+    encoder = load_encoder(args.weights, args.arch, len(setup.bands), seed)
+    encoder = encoder.to(setup.device, memory_format=torch.channels_last)
+    if args.bn == "reestimate":
+        order = np.random.default_rng(seed).permutation(rows)
+        reestimate_batchnorm(encoder, read_ahead(setup, order))
+    return encoder
 
 
-def run(
-    args: argparse.Namespace, images: Images, known: dict[str, Any], parts: list[str] | None,
-    bands: list[str], seed: int, device: torch.device,
-) -> Path:  # fmt: skip
+def embed(args: argparse.Namespace, images: Images, bands: list[str]) -> None:
+    """The features of every image, with what is known of it, in one NPZ file."""
+    rows = np.arange(len(images.names))
+    setup = standardise(args, images, bands, rows)
+    features = encode(prepare(args, setup, rows, 0), setup, rows).cpu().numpy()
+    arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features}
+    if images.labels is not None:
+        arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
+    filled = io.BytesIO()
+    np.savez(filled, **arrays)
+    write_atomic(args.embed, lambda beside: beside.write_bytes(filled.getbuffer()) and None)
+    print(f"wrote {args.embed}", flush=True)
+
+
+def run(args: argparse.Namespace, images: Images, known: dict, bands: list[str], seed: int) -> Path:
     """One band (or three) and one seed: read, encode, train the head, measure, write.
 
     known: what is the same for all bands and seeds and helps to determine the result.
@@ -1310,65 +1247,61 @@ def run(
     weights: Weights = args.weights
     floor, kind = weights.source == "stats", "finetune" if args.finetune else args.head
     name = weights.name + " fine-tuned" * (args.finetune and bool(weights.tensors))
-    settings = known | {  # None: does not apply
-        "places": {band: images.bands[band] for band in bands}, "train_images": args.train_images,
-        "size": args.size, "stats": args.stats, "head": args.head, "hidden": HIDDEN,
-        "finetune": args.finetune, "tried": CHOICES[kind],
-        "least_steps": FINETUNE_STEPS if args.finetune else None,
-        "arch": None if floor else weights.metadata.get("arch", args.arch),
-        "bn": None if floor or args.finetune else args.bn,
-        "epochs": args.epochs if kind in ("mlp", "finetune") else None,
-        "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH, "bf16": native_bf16(device),
+    scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset}
+    settings = known | {  # but for weights and seed, all that determines the result
+        "train_images": args.train_images, "size": args.size, "stats": args.stats,
+        "head": args.head, "hidden": HIDDEN, "bf16": native_bf16(args.device),
+        "epochs": args.epochs if args.head == "mlp" else None,
     }  # fmt: skip
-    scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset, "bands": bands}
-    identity = digest_of([settings, scope, seed, name, weights.sha256 or weights.source])
+    settings["task"] = digest_of([scope, settings])
+    settings |= {  # None: does not apply
+        "arch": None if floor else weights.metadata.get("arch", args.arch),
+        "bn": None if floor else args.bn, "finetune": args.finetune, "tried": CHOICES[kind],
+        "least_steps": FINETUNE_STEPS if args.finetune else None,
+        "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH,
+    }  # fmt: skip
+    identity = digest_of([settings, bands, seed, name, weights.sha256 or weights.source])
     stem = [args.dataset, args.split, str(args.subset or "full"), name, "+".join(bands)]
     path = result_path(args.out, [*stem, str(args.size)], identity, seed)
-    npz, png = (path.with_name(path.stem + end) for end in ("-embeddings.npz", "-cam.png"))
-    if all(p.exists() for p in [path] + [npz] * args.embeddings + [png] * (args.cam > 0)):
+    png = path.with_name(path.stem + "-cam.png")
+    if path.exists() and (png.exists() or not args.cam):
         print(f"{path}: done before", flush=True)
         return path
 
     begin = time.perf_counter()
     unseen = check_bands(weights, bands, args.stats)
-    fit, val, test, listed = split_images(images.labels, parts, args, seed)
-    train = fit if listed else np.concatenate([fit, val])
-    setup = standardise(args, images, bands, train, device)
-    setup.spent["read"] = time.perf_counter() - begin
-    start, count = time.perf_counter(), len(images.classes)
+    fit, val, test, listed = split_images(images.labels, images.part, args, seed)
+    both = np.concatenate([fit, val])
+    train = fit if listed else both
+    setup = standardise(args, images, bands, train)
+    start = time.perf_counter()
     if args.finetune:
-
-        def make() -> nn.Module:
-            return prepare(args, images, train, setup, seed)
-
-        chosen, encoder, head = choose_fine_tuned(
-            make, images, fit, val, not listed, setup, args.epochs, seed
-        )
+        chosen, encoder, head = choose_fine_tuned(args, setup, fit, val, not listed, seed)
         trained = time.perf_counter()
-        features = encode(encoder, images, test, setup)
+        features = encode(encoder, setup, test)
         seconds = {"encode": time.perf_counter() - trained, "train": trained - start}
     else:
-        encoder = prepare(args, images, train, setup, seed)
+        encoder = prepare(args, setup, train, seed)
         before = {} if floor else {k: v.clone() for k, v in encoder.state_dict().items()}
         torch.manual_seed(seed)
-        rows = np.concatenate([fit, val, test])
-        x, features = encode(encoder, images, rows, setup).tensor_split([len(fit) + len(val)])
-        encoded = time.perf_counter()
-        y = torch.from_numpy(images.labels[rows[: len(x)]]).to(device)
+        x, features = encode(encoder, setup, np.concatenate([both, test])).tensor_split([len(both)])
+        encoded, count = time.perf_counter(), len(images.classes)
+        y = torch.from_numpy(images.labels[both]).to(args.device)
         chosen, head = choose_head(args.head, x, y, len(fit), not listed, count, args.epochs)
         if not floor:
             assert_unchanged(encoder, before)
         seconds = {"encode": encoded - start, "train": time.perf_counter() - encoded}
     said = predict(head, features)
     metrics = f1_metrics(images.labels[test], said, images.classes)
-    if args.cam:
-        save_cams(png, encoder, head, images, test, said, setup, args.cam)
-    if args.embeddings:
-        save_npz(npz, names=np.array([images.names[row] for row in test]),
-                 features=features.cpu().numpy(), labels=images.labels[test])  # fmt: skip
+    if args.cam:  # some test images, spread over the classes
+        rng = np.random.default_rng(0)
+        draw = stratified(images.labels[test], min(args.cam, len(test)), rng)
+        save_cams(png, nn.Sequential(encoder, head), setup, test[draw], said[draw])
     about = {k: v for k, v in weights.metadata.items() if k not in ("bands", "mean", "std")}
+    folder = args.root if args.root.is_dir() else args.root.parent
     write_result(path, {
-        "schema": 1, "stage": "probe", **scope, "seed": seed, "metrics": metrics,
+        "schema": 1, "stage": "probe", **scope, "bands": bands, "seed": seed,
+        "metrics": metrics,
         "weights": about | {"name": name, "source": weights.source, "sha256": weights.sha256},
         "config": settings | {
             "identity": identity, "optimiser": chosen[0],
@@ -1376,8 +1309,8 @@ def run(
             "validation": "its list" if listed else "a fifth of the training split",
             "train": len(train), "validated": len(val), "test": len(test),
             "mean": setup.mean, "std": setup.std, "replaced_samples": setup.spent["replaced"],
-            "unseen_bands": unseen, "synthetic": images.synthetic, "device": device.type,
-            "encoder_synthetic": weights.metadata.get("synthetic") == "true",
+            "unseen_bands": unseen, "device": args.device.type,
+            "synthetic": (folder / "SYNTHETIC.txt").exists(),
             "encoder": weights.metadata,
         },
         "seconds": {"read": setup.spent["read"], **seconds},
@@ -1391,91 +1324,40 @@ def run(
     return path
 
 
-def embed(args: argparse.Namespace, images: Images, bands: list[str], device: torch.device) -> None:
-    """The features of every image, with what is known of it, in one NPZ file."""
-    rows = np.arange(len(images.names))
-    setup = standardise(args, images, bands, rows, device)
-    encoder = prepare(args, images, rows, setup, 0)
-    arrays = {"features": encode(encoder, images, rows, setup).cpu().numpy()}
-    if images.labels is not None:
-        arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
-    save_npz(args.embed, names=np.array(images.names), bands=np.array(bands), **arrays)
-
-
-def standardise(
-    args: argparse.Namespace, images: Images, bands: list[str], rows: np.ndarray,
-    device: torch.device,
-) -> Setup:  # fmt: skip
-    """By mean and deviation of each band over the training images `rows`, or the encoder's own."""
-    about = args.weights.metadata
-    if args.stats == "train":
-        mean, std = band_statistics(images, rows, bands)
-    else:
-        where = [about["bands"].index(band) for band in bands]
-        mean, std = ([about[key][i] for i in where] for key in ("mean", "std"))
-    return Setup(bands, args.size, mean, std, device, {"read": 0.0, "replaced": 0})
-
-
-def prepare(
-    args: argparse.Namespace, images: Images, rows: np.ndarray, setup: Setup, seed: int
-) -> Any:
-    """The frozen encoder on the device, its BatchNorm re-estimated on `rows` if asked; or the
-    statistics that stand in for one."""
-    if args.weights.source == "stats":
-        return image_statistics
-    encoder = load_encoder(args.weights, args.arch, len(setup.bands), seed)
-    encoder = encoder.to(setup.device, memory_format=torch.channels_last)
-    if args.bn == "reestimate":
-        order = np.random.default_rng(seed).permutation(rows)
-        reestimate_batchnorm(encoder, read_ahead(images, order, setup))
-    return encoder
-
-
 def main(args: argparse.Namespace) -> None:
-    device, weights = find_device(args.device), args.weights
+    args.device, weights = find_device(args.device), args.weights
     try:
         if weights.name in OTHERS.values() and not weights.tensors:
             args.weights = weights = others_tensors(weights, args.arch)
         if args.export:
             return export(weights, args.export)
-        if bandcrop is None and args.dataset in ("eurosat", "sen12ms"):
-            fail(2, NO_BANDCROP)
         images = list_images(args.dataset, args.root, args.bands_in_file)
-        if bandcrop is None and images.geotiff:
-            fail(2, NO_BANDCROP)
-        arch = (
-            "no network" if weights.source == "stats" else weights.metadata.get("arch", args.arch)
-        )
         print(f"{args.dataset}, {len(images.names)} images; weights: {weights.source} "
-              f"({weights.name}, {arch}); on {device}", flush=True)  # fmt: skip
+              f"({weights.name}); on {args.device}", flush=True)  # fmt: skip
         asked = requested_bands(args.bands, images.bands, args.dataset)
         for bands in asked:
             check_bands(weights, bands, args.stats)
         if args.embed:
             if len(asked) > 1:
                 fail(2, "--embed writes one file: give one band, or three")
-            return embed(args, images, asked[0], device)
+            return embed(args, images, asked[0])
         if images.labels is None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
         if len(images.classes) < 2:
             fail(1, f"{args.root}: all images are of one class, {images.classes[0]}")
         args.split = args.split or ("official" if images.part else "random")
-        parts = listed_parts(images, args)
+        images = images._replace(part=listed_parts(images, args))
         known = {
             "root": str(args.root), "files": digest_files(f for each in images.files for f in each),
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
-            "parts": parts and digest_of(parts), "bands_in_files": images.counts,
+            "parts": images.part and digest_of(images.part), "places": images.bands,
+            "bands_in_files": images.counts,
         }  # fmt: skip
         paths = [
-            run(args, images, known, parts, bands, seed, device)
-            for bands in asked
-            for seed in range(args.seeds)
+            run(args, images, known, bands, seed) for bands in asked for seed in range(args.seeds)
         ]
         print_table(args.out, paths, "f1_macro")
-    except getattr(bandcrop, "TileError", OSError) as error:
-        said = r"bands, --bands-in-file names \1" if args.dataset == "csv" else r"bands, not \1"
-        fail(1, re.sub(r"bands, not (\d+)( \(.*)?", said, str(error)))
-    except OSError as error:  # a full disk
+    except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
 
 
