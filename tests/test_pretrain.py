@@ -519,17 +519,17 @@ def fork(*arguments: object, at: tuple[str, int] | None = None) -> int:
     return process.exitcode
 
 
-# The first save comes after step 5; before it config.json, log.jsonl, views.png and epoch 1's
-# encoder were renamed, then encoder.safetensors, then checkpoint.pt.
+# The first save comes after step 4, between log lines. Before it config.json, log.jsonl, views.png
+# and epoch 1's encoder were renamed; it renames encoder.safetensors, then checkpoint.pt.
 @pytest.mark.parametrize(
-    "function, call, resumed_at", [("train_step", 9, 5), ("replace", 6, 0)],
+    "function, call, resumed_at", [("train_step", 7, 4), ("replace", 6, 0)],
     ids=["in a step", "between an encoder and its checkpoint"],
 )  # fmt: skip
 def test_resume_after_sigkill_is_bit_identical(
     function, call, resumed_at, finished, archive, tmp_path
 ):
     out = tmp_path / "killed"
-    common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--checkpoint-every", "5",
+    common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--checkpoint-every", "4",
               "--out", out]  # fmt: skip
     assert fork(*common, at=(function, call)) == -signal.SIGKILL
     said = trained("--resume", "--out", out)
