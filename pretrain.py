@@ -19,16 +19,9 @@ student's encoder is kept: encoder.safetensors, torchvision's names.
 
 In this file: settings, the method, augmentation, what a sample is, the archive, the run's files,
 the loop. To change the encoder, the augmentation or the data, change make_encoder, augment or
-list_pairs.
-A run's folder: config.json (settings, versions, band statistics), log.jsonl (all but "timing" is
-the same, bit for bit, for a run that was interrupted and resumed on one CPU thread),
-checkpoint.pt, encoder.safetensors, encoder-epochNNNN.safetensors at each restart cycle's end,
-views.png (pairs as they lie on the ground, and as the networks see them), bad_tiles.txt.
-Where the paper says nothing: crop areas are uniform (mean 0.54; torchvision's 0.48), MS only never
-draws one band twice, grey is the channels' plain mean, weight decay is on biases and BatchNorm too
-(BYOL leaves them out), SAR is decibels, not clipped; --help marks the others with [open].
-Exit status: 0 done, 1 bad data or diverged, 2 wrong use; 129, 130 or 143 saved and stopped by
-SIGHUP, Ctrl-C or SIGTERM.
+list_pairs. A run's folder: config.json, log.jsonl, checkpoint.pt, encoder.safetensors, one more
+encoder at each restart cycle's end, views.png, bad_tiles.txt. Exit status: 0 done, 1 bad data or
+diverged, 2 wrong use; 129, 130 or 143 saved and stopped by SIGHUP, Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -59,10 +52,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # Settings -----------------------------------------------------------------------------------------
-
-
 # >>> shared: bands
 BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, two SAR polarisations
     "Blue": "B02", "Green": "B03", "Red": "B04", "RE5": "B05", "RE6": "B06", "RE7": "B07",
@@ -109,6 +101,7 @@ MAY_CHANGE = (
     "root", "pairs", "exclude", "out", "resume", "threads", "device", "compile", "bad_tiles",
     "epochs", "max_steps", "checkpoint_every",
 )  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 NO_ARCHIVE = """no archive in {root}: give --root DIR (SEN12MS layout) or --pairs FILE.csv
   SEN12MS (180,662 pairs, 500 GB): rsync or ftp, dataserv.ub.tum.de, user and password m1474000
@@ -153,12 +146,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--s2-bands", default=",".join(SEN12MS_S2),
         help="band order in S2 files; - skips one (a first one: --s2-bands=-,B03)")
     add("--s1-bands", default=",".join(SEN12MS_S1),
-        help="band order in S1 files, in decibels; - skips one")
+        help="band order in S1 files, in decibels, not clipped; - skips one")
+    add("--nodata", type=float, metavar="VALUE",
+        help="nodata of files that have no such tag of their own, such as zero borders: 0")
     add("--num-pairs", type=whole, default=90000, help="seeded subset (paper: 90000, 150000)")
-    add("--exclude", metavar="LIST", help="text file with a tile's name a line: these places are "
-        "left out, such as a published test list's")
+    add("--exclude", metavar="LIST", help="text file, a tile's name a line: places to leave out")
     add("--mode", choices=CHANNELS, help="channels of the views, as above (needed)")
-    add("--views", choices=("ms-sar", "ms-ms"), default="ms-sar", help="ms-ms: no SAR view")
+    add("--views", choices=("ms-sar", "ms-ms"), default="ms-sar", help="ms-ms: no SAR")
     add("--bad-tiles", choices=("stop", "skip"), default="stop",
         help="skip: another good pair of the batch instead, up to 1 %% of the pairs")
 
@@ -179,12 +173,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--restart-epochs", type=whole, default=10, help="first cosine cycle (paper: 10)")
     add("--restart-mult", type=whole, default=2, help="next cycle / this cycle (paper: 2)")
     add("--momentum", type=share, default=0.9, help="of SGD [open]")
-    add("--weight-decay", type=positive, default=1e-5, help="of all weights (paper: 1e-5)")
+    add("--weight-decay", type=positive, default=1e-5,
+        help="of all weights, biases and BatchNorm too (paper: 1e-5; BYOL leaves these out)")
     add("--tau", type=share, default=0.9, help="teacher's decay a step (paper: 0.9; BYOL: 0.99+)")
 
     add = parser.add_argument_group("augmentation, drawn for each view").add_argument
     add("--crop-area", type=number(float, 0.001, 1), default=0.08,
-        help="smallest share of the tile; 1: whole tile (BYOL: 0.08) [open]")
+        help="smallest share of the tile, all equally likely; 1: whole tile (BYOL: 0.08) [open]")
     add("--crop-ratio", type=number(float, 1), default=4 / 3,
         help="widest ratio of sides, R or 1/R (BYOL: 4/3) [open]")
     add("--orient", type=int, choices=(1, 4, 8), default=8,
@@ -194,26 +189,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--blur", type=number(float, 0, 1, 2), default="1,0.1", metavar="A,B",
         help="probabilities; which view gets which is drawn too (BYOL: 1,0.1) [open]")
     add("--blur-sigma", type=number(float, 0.01, 100, 2), default="0.1,2", metavar="LOW,HIGH",
-        help="in pixels of a view of 224, scaled with --size; the kernel spans size/10 "
-             "(BYOL: 0.1,2) [open]")
+        help="pixels of a view of 224, scaled with --size; kernel size/10 (BYOL: 0.1,2) [open]")
     add("--erase", type=share, default=0.5,
         help="probability that a box of 2 to 33 %% becomes the band's mean; 0: off [open]")
     add("--grey", type=share, default=0.2,
-        help="probability of greyscale, three channels only (BYOL: 0.2) [open]")
+        help="probability of grey, the mean of three channels (BYOL: 0.2) [open]")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/ and the variant's name)")
-    add("--resume", action="store_true",
-        help="go on with the run in --out, whose config.json has all other settings")
+    add("--resume", action="store_true", help="go on with the run in --out, by its config.json")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of weights, pairs and every draw")
-    add("--threads", type=number(int, 0, 1024), default=0,
-        help="reading threads; 0: one a processor")
+    add("--threads", type=number(int, 0, 1024), default=0, help="that read; 0: one a processor")
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda where there is one")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="auto: bf16 where native (CUDA from sm_80; CPU with AVX512-BF16 or AMX), else fp16 "
-             "on CUDA and fp32 on the CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="torch.compile (default: on CUDA, one process)")
+        help="auto: bf16 where native (sm_80, AVX512-BF16, AMX), else fp16 on CUDA, fp32 on CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="(default: on CUDA, one process)")
     add("--log-every", type=whole, default=50, help="steps a log line; at least one an epoch")
     add("--checkpoint-every", type=number(int, 0), default=0, help="steps; 0: two minutes")
     add("--max-steps", type=whole, help="stop after so many steps in all; not remembered")
@@ -222,54 +212,40 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_settings() -> tuple[argparse.Namespace, dict | None]:
-    """The command line and, where it resumes a run, that run's config, which it must not change."""
+    """The command line and, where it goes on with a run, that run's config, which binds it."""
     parser, typed = make_parser(), sys.argv[1:]
-    parser.set_defaults(**RECIPES[parser.parse_args(typed).recipe])
     args = parser.parse_args(typed)
-    if not args.mode and not (args.resume and args.out):
-        fail(2, "--mode is needed: single, three or rgb (see --help)")
-    if not args.out:
+    if args.mode and not args.out:
         name = run_name(args, args.num_pairs).lower()
         args.out = Path("runs", name.replace(" ", "-").replace("/", "-"))
-    file = args.out / "config.json"
-    if not file.exists():
-        if (args.out / "checkpoint.pt").exists():
-            fail(2, f"{args.out}: checkpoint.pt without its config.json: choose another --out")
-        if not args.mode:
-            fail(2, f"--mode is needed: single, three or rgb: {args.out} holds no run")
-        return args, None
-    if not args.resume:
-        fail(2, f"{args.out} holds another run: --resume goes on, or choose another --out")
-    try:
-        config = json.loads(file.read_text())
-        saved, stats = config["settings"] | {"out": args.out}, config["bands"]
-        if not np.isfinite([stats["mean"], stats["std"]]).all():
-            raise ValueError("band statistics")
-        config["pairs"]["sha256"], config["name"] + config["command"]
-        if config["precision"] not in ("fp32", "bf16", "fp16"):
-            raise ValueError("precision")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
-    forget = ("max_steps", "resume") + ("root", "pairs") * bool(args.root or args.pairs)
-    flags = []  # the saved settings as they would be typed, and so checked
-    for key, value in saved.items():
-        flag = f"--{key.replace('_', '-')}"
-        if key in forget or value is None:
-            continue
-        if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{key}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
-            flags.append(f"{flag}={text}")
-    old, new = (vars(parser.parse_args(flags + more)) for more in ([], typed))
+    file = args.out / "config.json" if args.out else None
+    config, saved = None, {}
+    if file and file.exists():
+        if not args.resume:
+            fail(2, f"{args.out} holds another run: --resume goes on, or choose another --out")
+        try:
+            config = json.loads(file.read_text())
+            saved, bands = config["settings"], config["bands"]
+            typed = shlex.split(config["command"])[1:] + typed
+            np.array([bands["mean"], bands["std"]], float), saved["arch"], config["pairs"]["sha256"]
+            DTYPES[config["precision"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
+    elif file and (args.out / "checkpoint.pt").exists():
+        fail(2, f"{args.out}: checkpoint.pt without its config.json: choose another --out")
+    parser.set_defaults(**RECIPES[parser.parse_args(typed).recipe])
+    new = parser.parse_args(typed)
+    new.out, new.max_steps, new.resume = args.out, args.max_steps, args.resume
+    if not new.mode:
+        fail(2, f"--mode is needed: single, three or rgb{f': no run in {file}' * bool(file)}")
     changed = [
-        f"--{key.replace('_', '-')} was {old[key]}, is {new[key]}"
-        for key in old
-        if key not in MAY_CHANGE and old[key] != new[key]
+        f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}"
+        for key, value in vars(new).items()
+        if config and key not in MAY_CHANGE and value != saved.get(key)
     ]
     if changed:
         fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
-    return argparse.Namespace(**new), config
+    return new, config
 
 
 def run_name(args: argparse.Namespace, pairs: int) -> str:
@@ -516,8 +492,8 @@ class Archive(NamedTuple):
     bands: list[str]  # the paper's names of the bands that this mode uses: MS first, then SAR
     place: np.ndarray  # int64 [bands, 2]: 0 S2 file or 1 S1 file; 0-based band in that file
     widths: np.ndarray  # int64 [2]: bands that an S2 and an S1 file must have
-    synthetic: bool
-    excluded: int  # pairs that --exclude left out
+    about: dict  # for config.json: pairs used and left out, digest of their list, synthetic or not
+    stats: np.ndarray | None = None  # float32 [2, bands]: mean, std
 
 
 def list_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -528,9 +504,9 @@ def list_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     s2, s1 = (glob.glob(f"ROIs*/{s}_*/*_{s}_*.tif", root_dir=root) for s in ("s2", "s1"))
     twins = {path.replace("/s2_", "/s1_").replace("_s2_", "_s1_"): path for path in s2}
     if alone := sorted(twins.keys() ^ set(s1)):
-        sensor, path = ("S1", twins[alone[0]]) if alone[0] in twins else ("S2", alone[0])
-        fail(1, f"{root / path} has no {sensor} twin ({len(alone)} such tiles): fetch what is "
-             "missing or move them away")  # fmt: skip
+        path = twins.get(alone[0], alone[0])
+        fail(1, f"{root / path} has no {'S1' if path in s2 else 'S2'} twin ({len(alone)} such "
+             "tiles): fetch what is missing or move them away")  # fmt: skip
     return sorted((path, twin) for twin, path in twins.items())
 
 
@@ -540,20 +516,40 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, strict=True)
-            if missing := {"s1", "s2"} - set(rows.fieldnames or ()):
-                fail(2, f"{path}: line 1: no column {' or '.join(sorted(missing))} (the header is "
-                     "s1,s2; is the separator ';' or a tab?)")  # fmt: skip
-            while True:
-                line = rows.line_num + 1
-                row = next(rows, None)
-                if row is None:
-                    return sorted(pairs)
+            if not {"s1", "s2"} <= {*(rows.fieldnames or ())}:
+                raise ValueError("no column s1 or s2 (is the separator ';' or a tab?)")
+            line = 2
+            for row in rows:
                 for column in ("s1", "s2"):
                     if not row[column] or not (path.parent / row[column]).is_file():
-                        fail(1, f"{path}: line {line}, column {column}: no file {row[column]!r}")
+                        raise ValueError(f"column {column}: no file {row[column]!r}")
                 pairs.append((row["s2"], row["s1"]))
+                line = rows.line_num + 1
     except (OSError, ValueError, csv.Error) as error:
-        fail(1, f"{path}: line {line}: not a CSV with the header s1,s2: {error}")
+        fail(1, f"{path}: line {line}: {error}")
+    return sorted(pairs)
+
+
+def find_bands(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Bands that this mode uses: 0 S2 file or 1 S1 file, 0-based band in it. MS first, then SAR."""
+    place: dict[str, tuple[int, int]] = {}
+    for sensor, order in enumerate((args.s2_bands, args.s1_bands)):
+        for at, text in enumerate(order.split(",")):
+            if text.strip().upper() in ("-", "B01", "B09", "B10"):  # not wanted; the 60 m bands
+                continue
+            band = band_name(text)
+            if band in place or (band in SAR) != sensor:
+                fail(2, f"--s{2 - sensor}-bands {order}: {band}/{BANDS[band]} stands twice or in "
+                     "the wrong file")  # fmt: skip
+            place[band] = sensor, at
+    _, need_ms, need_sar = VARIANTS[args.mode, args.views]
+    rgb = RGB if args.mode == "rgb" else ()
+    free = [band for band in place if band not in SAR + rgb]
+    if not {*rgb} <= place.keys() or len(free) < need_ms or len({*SAR} & place.keys()) < need_sar:
+        wants = [*rgb, f"{need_ms} other MS bands", f"{need_sar} of SAR1, SAR2"]
+        fail(2, f"--mode {args.mode} --views {args.views} needs {', '.join(wants)}; this archive "
+             f"has {', '.join(place)}")  # fmt: skip
+    return {b: place[b] for b in BANDS if b in place and (need_sar or b not in SAR)}
 
 
 def open_archive(args: argparse.Namespace) -> Archive:
@@ -563,67 +559,39 @@ def open_archive(args: argparse.Namespace) -> Archive:
     listed = list_pairs(args)
     if not listed:
         fail(2, NO_ARCHIVE.format(root=args.pairs or root))
-    excluded = len(listed)
+    found, place = len(listed), find_bands(args)
     if args.exclude:
-        lines = Path(args.exclude).read_text().split("\n")
-        out = {Path(line.strip()).name for line in lines if line.strip()}
+        out = {Path(line.strip()).name for line in Path(args.exclude).read_text().split("\n")}
         listed = [pair for pair in listed if not {Path(file).name for file in pair} & out]
-        if len(listed) == excluded:
+        if len(listed) == found:
             fail(2, f"--exclude {args.exclude} names no tile of {root}: one file name a line")
-    excluded -= len(listed)
+    excluded = found - len(listed)
 
-    orders = args.s2_bands.split(","), args.s1_bands.split(",")
-    place: dict[str, tuple[int, int]] = {}  # band: 0 S2 file or 1 S1 file; 0-based band in it
-    for sensor, order in enumerate(orders):
-        for at, text in enumerate(order):
-            if text.strip().upper() in ("-", "B01", "B09", "B10"):  # not wanted; the 60 m bands
-                continue
-            band = band_name(text)
-            if band in place or (band in SAR) != sensor:
-                fail(2, f"--s{2 - sensor}-bands {','.join(order)}: {band}/{BANDS[band]} stands "
-                     "twice or in the wrong file")  # fmt: skip
-            place[band] = sensor, at
-    ms, sar = ([b for b in BANDS if b in place and (b in SAR) == s] for s in (False, True))
-    rgb = RGB if args.mode == "rgb" else ()
-    _, need_ms, need_sar = VARIANTS[args.mode, args.views]
-    if not {*rgb} <= {*ms} or len(ms) < len(rgb) + need_ms or len(sar) < need_sar:
-        free = ", ".join(band for band in BANDS if band not in SAR + rgb)
-        wants = [*rgb, f"{need_ms} of {free}"]
-        wants += [f"{need_sar} of SAR1, SAR2"] if need_sar else []
-        fail(2, f"--mode {args.mode} --views {args.views} needs {', '.join(wants)}; this archive "
-             f"has {', '.join(ms + sar)}")  # fmt: skip
-
-    spare: list[tuple[str, str]] = []
-    if args.num_pairs < len(listed):
-        keys = stream(args.seed, SUBSET).random(len(listed))
-        chosen = np.sort(np.argsort(keys, kind="stable")[: args.num_pairs])
-        spare = [listed[i] for i in np.setdiff1d(np.arange(len(listed)), chosen)]
-        listed = [listed[i] for i in chosen]
-    if len(listed) < args.batch_size:
-        advice = f"--batch-size {len(listed)} or less" if len(listed) > 1 else "2 pairs or more"
-        fail(2, f"{len(listed)} pairs fill no batch: use {advice}")
-    names = [s2 for s2, _ in listed]
+    order = np.argsort(stream(args.seed, SUBSET).random(len(listed)), kind="stable")
+    chosen, spare = np.sort(order[: args.num_pairs]), np.sort(order[args.num_pairs :])
+    if len(chosen) < args.batch_size:
+        advice = f"--batch-size {len(chosen)} or less" if len(chosen) > 1 else "2 pairs or more"
+        fail(2, f"{len(chosen)} pairs fill no batch: use {advice}")
+    pool = spare if len(spare) >= min(256, len(chosen)) else chosen  # not trained on, if there are
+    watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
+    names = [listed[i][0] for i in chosen]
     try:
-        "\n".join([*sys.argv, *names]).encode()
+        sha = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        " ".join([str(root), *sys.argv]).encode()
     except UnicodeEncodeError:
         fail(2, f"a name is not UTF-8: rename it, or link to it by another: {ascii(str(root))}")
-    pool = spare if len(spare) >= min(256, len(listed)) else listed  # not trained on, if there are
-    pool = [pool[i] for i in stream(args.seed, WATCHED).permutation(len(pool))[:256]]
-    files, watched = (
-        np.array([[str(root / path) for path in side] for side in zip(*some, strict=True)], object)
-        for some in (listed, pool)
-    )
+    sides = zip(*listed, strict=True)
+    files = np.array([[str(root / path) for path in side] for side in sides], object)
     for path in files[:, 0]:
         tile = bandcrop.info(path)
         if max(tile.height, tile.width) > 2048:
-            warn(f"{path} is {tile.height} x {tile.width}: a crop of a whole scene is shrunk to "
-                 f"{args.size}: cut tiles first: gdal_retile.py -ps 256 256 -targetDir tiles "
-                 "FILE")  # fmt: skip
-    use = ms + sar if need_sar else ms
-    return Archive(
-        names, files, watched, use, np.array([place[band] for band in use]),
-        np.array([len(order) for order in orders]), (root / "SYNTHETIC.txt").exists(), excluded,
-    )  # fmt: skip
+            warn(f"{path} is {tile.height} x {tile.width}: crops of a whole scene are shrunk: cut "
+                 "tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
+    widths = np.array([order.count(",") + 1 for order in (args.s2_bands, args.s1_bands)])
+    about = {"used": len(names), "sha256": sha, "excluded": excluded,
+             "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
+    return Archive(names, files[:, chosen], files[:, watched], list(place),
+                   np.array([*place.values()]), widths, about)  # fmt: skip
 
 
 def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -631,11 +599,12 @@ def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[fl
     chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
     say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
     file, band = archive.place.T
-    paths = archive.files[file][:, chosen].T.tolist()
+    paths = tqdm(archive.files[file][:, chosen].T.tolist(), disable=None, leave=False, ncols=79)
+    widths = np.tile(archive.widths[file], (len(chosen), 1))
     bad = "report" if args.bad_tiles == "skip" else "raise"
     try:
         mean, std = bandcrop.statistics(
-            paths, [band.tolist()] * len(chosen), [archive.widths[file].tolist()] * len(chosen), bad
+            paths, np.tile(band, (len(chosen), 1)), widths, bad, nodata=args.nodata
         )
     except bandcrop.TileError as error:
         fail(1, f"{error} (--bad-tiles skip goes on without it; band counts are from --s2-bands "
@@ -650,23 +619,19 @@ def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[fl
 
 
 def make_request(
-    files: np.ndarray, pairs: np.ndarray, bands: np.ndarray, archive: Archive, stats: np.ndarray
+    archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: np.ndarray, nodata: float | None
 ) -> dict:
     """What bandcrop is to read: whole views of `pairs` int [N] with bands int [N, C]."""
     file, band = archive.place[bands].transpose(2, 0, 1)  # [N, C] each
+    mean, std = archive.stats[:, bands]
     return {
-        "paths": files[file, pairs[:, None]].tolist(), "bands": band, "bad": "report",
-        "mean": stats[0][bands], "std": stats[1][bands], "bands_in_file": archive.widths[file],
+        "paths": files[file, pairs[:, None]].tolist(), "bands": band, "mean": mean, "std": std,
+        "bands_in_file": archive.widths[file], "nodata": nodata, "bad": "report",
     }  # fmt: skip
 
 
-def requests(
-    archive: Archive, stats: np.ndarray, args: argparse.Namespace, steps: range
-) -> Iterator[dict]:
-    """This process's share of the global batches `steps`: view a of N pairs, then view b of them.
-
-    stats: float32 [2, bands] = mean, std.
-    """
+def requests(archive: Archive, args: argparse.Namespace, steps: range) -> Iterator[dict]:
+    """This process's share of the global batches `steps`: view a of N pairs, then their view b."""
     pairs, local = len(archive.names), args.batch_size // WORLD
     plan_of = lru_cache(1)(lambda epoch: plan_epoch(epoch, pairs, archive.bands, args))
     for step in steps:
@@ -678,7 +643,7 @@ def requests(
             for part in (plan.windows, plan.orient, plan.bands, plan.draws)
         )
         pair = np.tile(plan.pairs[rows], 2)
-        request = make_request(archive.files, pair, bands, archive, stats)
+        request = make_request(archive, archive.files, pair, bands, args.nodata)
         extra = {"pairs": pair, "bands": bands, "draws": draws}
         yield request | {"windows": windows, "orient": orient, "extra": extra}
 
@@ -697,30 +662,25 @@ def replace_bad(
         good = next((j % count for j in range(i + 1, i + count) if j % count not in errors), None)
         if args.bad_tiles == "stop":
             return f"{message} (--bad-tiles skip goes on without it)"
-        if len(bad) > 0.01 * len(archive.names):
-            return f"{len(bad)} of {len(archive.names)} pairs are bad, over 1 %: {message}"
-        if good is None:
-            return f"no pair of a batch can be read: {message}"
-        for view in (0, count):
-            batch.x[view + i] = batch.x[view + good]
+        if len(bad) > 0.01 * len(archive.names) or good is None:
+            return f"{len(bad)} pairs are bad, over 1 % or a whole batch: {message}"
+        batch.x[[i, count + i]] = batch.x[[good, count + good]]
     return ""
 
 
 # The run's files ----------------------------------------------------------------------------------
-# >>> shared: files
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let the first process write a whole file or, if a disk is full, leave the one before."""
+    beside = path.with_name(f".{path.name}.part")
     try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
+        if RANK == 0:
+            write(beside)
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError
         beside.unlink(missing_ok=True)
-
-
-# <<< shared: files
+        fail(1, f"cannot save {path}: {reason(error)}: mend it, then --resume")
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -744,22 +704,20 @@ def reason(error: Exception) -> str:
 
 
 def new_config(
-    args: argparse.Namespace, archive: Archive, device: torch.device, precision: str, sha: str
+    args: argparse.Namespace, archive: Archive, device: torch.device, precision: str
 ) -> dict:
     """Everything that says what a run is, written to config.json."""
     mean, std = band_statistics(archive, args)
     settings = vars(args) | {"out": str(args.out)}
     opened = [a.dest for a in make_parser()._actions if "[open]" in (a.help or "")]
-    cuda = device.type == "cuda"
     config = {
         "schema": 1, "name": run_name(args, len(archive.names)), "settings": settings,
         "paper_leaves_open": {key: settings[key] for key in opened},
-        "pairs": {"used": len(archive.names), "sha256": sha, "synthetic": archive.synthetic,
-                  "excluded": archive.excluded},
+        "pairs": archive.about,
         "bands": {"names": archive.bands, "mean": mean, "std": std},
         "precision": precision,
         "hardware": {
-            "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "torch_threads": torch.get_num_threads(),
             "processes": WORLD,
             "fp32_matmul": torch.get_float32_matmul_precision(),  # "highest": no TF32
@@ -771,17 +729,10 @@ def new_config(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=1)
-    write_atomic(args.out / "config.json", lambda beside: beside.write_text(text))
+    write_atomic(
+        args.out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1))
+    )
     return config
-
-
-def keep(path: Path, write: Callable[[Path], object]) -> None:
-    """write_atomic that ends with a line: a full disk costs this save, never the one before."""
-    try:
-        write_atomic(path, write)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError too
-        fail(1, f"cannot save {path}: {reason(error)}: mend it, then --resume")
 
 
 def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> None:
@@ -796,40 +747,24 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
     if settings["exclude"]:
         about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
     tensors = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
-    data = safetensors.torch.save(tensors, about)
-    keep(path, lambda beside: beside.write_bytes(data))
-
-
-def save(out: Path, config: dict, byol: BYOL, epoch: float, state: dict) -> None:
-    """encoder.safetensors, then checkpoint.pt: a run killed in between writes both again."""
-    if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
-        diverged(out, state["step"])
-
-    def write(beside: Path) -> None:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-
-    save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
-    keep(out / "checkpoint.pt", write)
+    write_atomic(path, lambda part: part.write_bytes(safetensors.torch.save(tensors, about)))
 
 
 def diverged(out: Path, step: int) -> NoReturn:
-    kept = f": {out}/checkpoint.pt is the last good one" if (out / "checkpoint.pt").exists() else ""
-    fail(1, f"loss or weights are not finite by step {step}{kept}: lower --lr or --precision fp32")
+    fail(1, f"loss or weights are not finite by step {step}: lower --lr or --precision fp32; what "
+         f"{out} holds is from before")  # fmt: skip
 
 
-def load_checkpoint(
-    path: Path, byol: BYOL, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> tuple[int, Tensor, dict[str, str]]:
-    """Restore a run: its step, what was summed since the last log line, its bad pairs."""
+def load_checkpoint(path: Path, parts: dict) -> dict:
+    """Load what --resume goes on from into `parts` (networks, optimizer, scaler); the rest."""
     try:
-        if part := zipfile.ZipFile(path).testzip():  # torch does not verify checksums
-            raise ValueError(f"the checksum of {part}")
+        if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify checksums
+            raise ValueError(f"the checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        byol.load_state_dict(state["byol"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return int(state["step"]), state["sums"].view(4), dict(state["bad"])
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        int(state["step"]), state["sums"].view(4), dict(state["bad"])
+        return state
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged file fails in many ways
@@ -843,43 +778,29 @@ def resume_log(path: Path, step: int) -> None:
     lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            after = json.loads(line)["step"] > step
+            if json.loads(line)["step"] <= step:
+                kept.append(line.rstrip("\n") + "\n")
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 fail(1, f"{path}: line {number} is damaged: remove it, then --resume")
-            after = True
-        if not after:
-            kept.append(line if line.endswith("\n") else line + "\n")
-    write_atomic(path, lambda beside: beside.write_text("".join(kept)))
+    write_atomic(path, lambda part: part.write_text("".join(kept)))
 
 
-def draw_views(
-    path: Path, batch: bandcrop.Batch, views: Tensor, archive: Archive, stats: np.ndarray
-) -> None:
+def draw_views(path: Path, request: dict, views: Tensor, archive: Archive) -> None:
     """Up to eight pairs as they lie on the ground, above the same as the networks see them.
 
     Each: view a, then view b; mean grey, +-2.5 standard deviations.
     """
-    from PIL import Image, ImageDraw
-
     half = len(views) // 2
-    count, side = min(8, half), max(96, views.shape[-1])
-    shown = np.concatenate([np.arange(count), half + np.arange(count)])
-    extra = batch.request["extra"]
-    request = make_request(archive.files, extra["pairs"][shown], extra["bands"][shown], archive,
-                           stats)  # fmt: skip
+    shown = np.r_[0 : min(8, half), half : half + min(8, half)]
+    pairs, bands = request["extra"]["pairs"][shown], request["extra"]["bands"][shown]
     ground = torch.empty(len(shown), *views.shape[1:])
-    bandcrop.Reader(1).fill(ground, **request)
-    sheet = Image.new("RGB", (count * (side + 4), 4 * (side + 18)), "white")
-    write = ImageDraw.Draw(sheet)
-    for i, view in enumerate(torch.cat([ground, views[shown].float().cpu()])):
-        image = ((view / 5 + 0.5).clamp(0, 1) * 255).byte().numpy()
-        tile = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-        left, top = i % count * (side + 4), i // count * (side + 18)
-        sheet.paste(tile.convert("RGB").resize((side, side)), (left, top))
-        names = [archive.bands[band] for band in extra["bands"][shown[i % len(shown)]]]
-        write.text((left, top + side + 2), " ".join(names), fill="black")
-    write_atomic(path, lambda beside: sheet.save(beside, format="PNG"))
+    whole = make_request(archive, archive.files, pairs, bands, request["nodata"])
+    bandcrop.Reader(1).fill(ground, **whole)
+    sheet = torchvision.utils.make_grid(
+        torch.cat([ground, views[shown].float().cpu()]), len(shown) // 2, 4, True, (-2.5, 2.5)
+    )
+    write_atomic(path, partial(torchvision.utils.save_image, sheet, format="png"))
 
 
 # What is learnt, without labels -------------------------------------------------------------------
@@ -900,18 +821,23 @@ def rank_me(features: Tensor) -> float:
 
 @torch.no_grad()
 def watch_learning(
-    byol: BYOL, archive: Archive, stats: np.ndarray, args: argparse.Namespace,
-    device: torch.device, autocast: Callable[[], torch.autocast],
+    byol: BYOL, archive: Archive, args: argparse.Namespace, device: torch.device,
+    autocast: Callable[[], torch.autocast],
 ) -> dict[str, float]:  # fmt: skip
     """`match`, the mean rank in both directions, and `rank`, RankMe, of whole tiles as they are."""
     places = archive.watched.shape[1]
     u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
     bands = choose_bands(u, archive.bands, args.mode, args.views)  # [places, 2, C]
     wanted = [
-        make_request(archive.watched, np.tile(at, 2), np.concatenate([bands[at, 0], bands[at, 1]]),
-                     archive, stats)
+        make_request(
+            archive,
+            archive.watched,
+            np.tile(at, 2),
+            np.concatenate([*bands[at].swapaxes(0, 1)]),
+            args.nodata,
+        )
         for at in np.array_split(np.arange(places), math.ceil(places / args.batch_size))
-    ]  # fmt: skip
+    ]
     shape = (2 * args.batch_size, CHANNELS[args.mode], args.size, args.size)
     seen = []  # of each batch: features, predictions and projections, [2, N, .] each
     byol.eval()
@@ -921,11 +847,9 @@ def watch_learning(
             features = byol.student.encoder(views)
             prediction = byol.predictor(byol.student.projector(features))
             projection = byol.teacher.projector(byol.teacher.encoder(views))
-        seen.append(
-            [widen(x).cpu().unflatten(0, (2, -1)) for x in (features, prediction, projection)]
-        )
+        seen.append([widen(x).unflatten(0, (2, -1)) for x in (features, prediction, projection)])
     byol.train()
-    features, p, t = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
+    features, p, t = (torch.cat(parts, dim=1).cpu() for parts in zip(*seen, strict=True))
     match = (mean_rank(p[0], t[1]) + mean_rank(p[1], t[0])) / 2
     return {"match": match, "rank": rank_me(features.flatten(0, 1))}
 
@@ -944,19 +868,19 @@ def native_bf16(device: torch.device) -> bool:
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, str]:
     """The device to run on and its precision, both tried."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    cuda = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")
     try:
-        device = torch.device(name)
-        if device.type not in ("cuda", "cpu"):
-            raise RuntimeError("only cuda and cpu are known here")
-        if device.type == "cuda":  # this process's own card, before anything else touches CUDA
+        device = torch.device(name if name != "auto" else "cuda" if cuda else "cpu")
+        if cuda:  # this process's own card, before anything else touches CUDA
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
             torch.backends.cudnn.benchmark = True
+        elif device.type != "cpu":
+            raise RuntimeError("only cuda and cpu are known here")
         torch.zeros(1, device=device).add_(1).item()  # fails where this build has no kernels for it
     except (RuntimeError, AssertionError) as error:
         fail(2, f"--device {name} cannot be used: {reason(error)}")
-    cuda, native = device.type == "cuda", native_bf16(device)
+    native = native_bf16(device)
     if precision == "bf16" and cuda and not native:
         fail(2, f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
     if precision == "auto":
@@ -964,64 +888,27 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, str]:
     return device, precision
 
 
-def compile_networks(byol: BYOL, a: Tensor, b: Tensor, autocast: Callable) -> None:
-    """torch.compile student and teacher, tried on views as the loop's; without, if it fails."""
+def everyone(value: object) -> list:
+    """`value` of each process, by rank."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first_step(byol: BYOL, take: Callable[[], Tensor]) -> Tensor:
+    """A step that compiles; without torch.compile where that fails: no compiler, an old card."""
     say("compiling, minutes")
-    before = copy.deepcopy(byol.state_dict())
     try:
         byol.student.compile(dynamic=False)
         byol.teacher.compile(dynamic=False)
-        with autocast():
-            loss, _ = byol(a, b)
-        loss.backward()
+        return take()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a missing compiler, an unsupported card: many types
+    except Exception as error:
         warn(f"torch.compile fails here, going on without it: {reason(error)}")
         byol.student._compiled_call_impl = byol.teacher._compiled_call_impl = None
-    byol.load_state_dict(before)
-    byol.zero_grad()
-
-
-def agree(due: int, stop: int, sums: Tensor, bad: dict[str, str]) -> list[int]:
-    """What is due in any process; sums become means over all, and bad everyone's."""
-    asked = torch.tensor([due, stop])  # on the CPU: no GPU is waited for
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    dist.all_reduce(sums)
-    sums /= WORLD
-    everyone: list = [None] * WORLD
-    dist.all_gather_object(everyone, bad)
-    for theirs in everyone:
-        bad.update(theirs)
-    return asked.tolist()
-
-
-def duration(seconds: float) -> str:
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    if hours >= 24:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
-
-
-def progress(record: dict, left: float) -> str:
-    """A line of 80 columns or fewer."""
-    speed = record["timing"]["pairs_per_second"]
-    return (
-        f"epoch {record['epoch']:.1f} loss {record['loss']:.2f} cosine {record['cosine']:.2f} "
-        f"spread {record['std']:.3f} {speed:.{1 if speed < 100 else 0}f} pairs/s "
-        f"wait {100 * record['timing']['data_wait']:.0f}% left {duration(left)}"
-    )
-
-
-def two_views(
-    x: Tensor, draws: np.ndarray, device: torch.device, args: argparse.Namespace
-) -> tuple[Tensor, ...]:
-    """Augmented views a and b, [N, C, S, S] each, of x [2N, C, S, S] on the device."""
-    drawn = torch.from_numpy(draws)
-    if device.type == "cuda":
-        drawn = drawn.pin_memory()
-    views = augment(x, drawn.to(device, non_blocking=True), args)
-    return views.contiguous(memory_format=torch.channels_last).chunk(2)
+        return take()
 
 
 def listen() -> list[int]:
@@ -1038,71 +925,75 @@ def listen() -> list[int]:
     return asked
 
 
-def describe(
-    args: argparse.Namespace, device: torch.device, precision: str, compiled: bool, byol: BYOL,
-    per_epoch: int,
-) -> None:  # fmt: skip
-    """Say once what the run runs on, what it was told, and how to read its lines."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA GPU in use"
-    say(f"on {device} ({card}), {precision}, {'' if compiled else 'not '}compiled")
-    if device.type == "cpu" and WORLD > 1:
-        warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
+def describe(args: argparse.Namespace, device: torch.device, per_epoch: int, byol: BYOL) -> None:
+    """Say once what the run is, and how to read its lines."""
     millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
     steps = args.epochs * per_epoch
     say(f"{args.arch}, {millions:.1f} million parameters; {steps} steps, {per_epoch} an epoch")
     say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
     if args.recipe == "paper" and steps < 20000:
         say("few steps: try --recipe small: F1 0.65 (3,100 steps), not 0.44 (1,500); README")
+    if device.type == "cpu" and WORLD > 1:
+        warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
     say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
 
 
-def judge(record: dict, args: argparse.Namespace) -> None:
+def duration(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02}h"
+    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
+
+
+def progress(record: dict, left: float) -> str:
+    """A line of 80 columns or fewer."""
+    speed, wait = record["timing"]["pairs_per_second"], 100 * record["timing"]["data_wait"]
+    return (
+        f"epoch {record['epoch']:.1f} loss {record['loss']:.2f} cosine {record['cosine']:.2f} "
+        f"spread {record['std']:.3f} {speed:.{1 if speed < 100 else 0}f} pairs/s "
+        f"wait {wait:.0f}% left {duration(left)}"
+    )
+
+
+def judge(record: dict, cycle_ends: bool, args: argparse.Namespace) -> None:
     """Say of a log line what is learnt, and what is wrong."""
     if "match" in record:
         say(f"  match {record['match']:.3f}, rank {record['rank']:.1f} (RankMe)")
     if record["std"] < 0.1 * args.projection**-0.5:
         warn(f"COLLAPSE: the projection's spread is {record['std']:.2g}: try a higher --tau or a "
              "lower --lr")  # fmt: skip
-    epoch, within = divmod(record["epoch"], 1)
-    ends = not within and not in_cycle(int(epoch), args.restart_epochs, args.restart_mult)[0]
     late = record["step"] >= 1000  # before, the cosine tells nothing
-    if ends and late and record["cosine"] > 0.6 and args.views == "ms-sar":
+    if cycle_ends and late and record["cosine"] > 0.6 and args.views == "ms-sar":
         warn(f"cosine is {record['cosine']:.2f} at a cycle's end: of twelve runs those that learnt "
              "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (README)")  # fmt: skip
 
 
-def start() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
+def prepare() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
     """Settings, the run's config (written, where it is new), its pairs, its device."""
     args, config = read_settings()
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
         fail(2, f"--batch-size {args.batch_size} is not 2 or more for each of {WORLD} processes")
-    device, precision = choose_device(
-        args.device, config["precision"] if config else args.precision
-    )
+    device, precision = choose_device(args.device, (config or vars(args))["precision"])
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     archive = open_archive(args)
     pairs = len(archive.names)
     fewer = f" (fewer than --num-pairs {args.num_pairs})" if pairs < args.num_pairs else ""
-    kind = "synthetic pairs" if archive.synthetic else "pairs"
+    kind = "synthetic pairs" if archive.about["synthetic"] else "pairs"
     say(f"{run_name(args, pairs)}: {pairs} {kind}{fewer} -> {args.out}")
-    sha = hashlib.sha256("\n".join(archive.names).encode()).hexdigest()
     if RANK == 0 and not config:
-        config = new_config(args, archive, device, precision, sha)
-    if WORLD > 1:
-        shared = [config]
-        dist.broadcast_object_list(shared)
-        config = shared[0]
-    if config["pairs"]["sha256"] != sha:
+        config = new_config(args, archive, device, precision)
+    config = everyone(config)[0]
+    if config["pairs"]["sha256"] != archive.about["sha256"]:
         fail(2, f"{args.out} was started otherwise: the list of pairs (then "
              f"{config['pairs']['used']}, now {pairs})")  # fmt: skip
-    return args, config, archive, device
+    stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
+    return args, config, archive._replace(stats=stats), device
 
 
-def build(
-    args: argparse.Namespace, precision: str, device: torch.device
-) -> tuple[BYOL, torch.optim.Optimizer, torch.amp.GradScaler, int, Tensor, dict[str, str]]:
-    """Networks, optimiser, loss scaling, step, sums and bad pairs, new or as the run left them."""
+def main() -> int:
+    args, config, archive, device = prepare()
+    out, precision, pairs = args.out, config["precision"], len(archive.names)
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
     byol = BYOL(make_encoder(args.arch, CHANNELS[args.mode]), args.hidden, args.projection)
     if WORLD > 1 and device.type == "cuda":
@@ -1110,37 +1001,23 @@ def build(
     byol = byol.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(byol, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    step, sums, bad = 0, torch.zeros(4), {}  # sums since the last log line: watch (3), replaced
-    if (file := args.out / "checkpoint.pt").exists():
-        step, sums, bad = load_checkpoint(file, byol, optimizer, scaler)
-    if WORLD > 1:
-        steps = [0] * WORLD
-        dist.all_gather_object(steps, step)
-        if set(steps) != {step}:
-            fail(2, f"the processes start at steps {steps}: give all nodes the same {args.out}")
-    return byol, optimizer, scaler, step, sums.to(device), bad
+    parts = {"byol": byol, "optimizer": optimizer, "scaler": scaler}
+    state = {"step": 0, "sums": torch.zeros(4), "bad": {}}
+    if (out / "checkpoint.pt").exists():
+        state = load_checkpoint(out / "checkpoint.pt", parts)
+    step, bad = state["step"], state["bad"]
+    sums = state["sums"].to(device)  # since the last log line: what train_step returns, replaced
+    if len({*everyone(step)}) > 1:
+        fail(2, f"the processes start at steps {everyone(step)}: give all nodes the same {out}")
 
-
-def main() -> int:
-    args, config, archive, device = start()
-    out, precision, pairs = args.out, config["precision"], len(archive.names)
-    byol, optimizer, scaler, step, sums, bad = build(args, precision, device)
     per_epoch = pairs // args.batch_size
     began_at, end = step, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
-    shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = partial(torch.autocast, device.type, half, precision != "fp32")
     compiled = args.compile or (args.compile is None and device.type == "cuda" and WORLD == 1)
-    describe(args, device, precision, compiled, byol, per_epoch)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA GPU in use"
+    say(f"on {device} ({card}), {precision}, {'' if compiled else 'not '}compiled")
+    describe(args, device, per_epoch, byol)
     if args.resume:
         say(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
-    if step >= end:
-        say(f"nothing left to do: step {step} of {end}")
-        return 0
-    if compiled:
-        nothing = torch.zeros(shape, device=device), np.zeros((shape[0], 7), np.float32)
-        compile_networks(byol, *two_views(*nothing, device, args), autocast)
     model: nn.Module = byol
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(
@@ -1151,86 +1028,98 @@ def main() -> int:
             left_behind.unlink()
         resume_log(out / "log.jsonl", step)
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
+    shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
+    autocast = partial(torch.autocast, device.type, DTYPES[precision], precision != "fp32")
+    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     log_every, terminal = min(args.log_every, per_epoch), sys.stdout and sys.stdout.isatty()
     watch_every = math.ceil(50 * archive.watched.shape[1] / pairs)  # epochs: under 1 % of the time
-    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     began = since = shown = saved = time.monotonic()
-    waited, taken, listed, asked = 0.0, 0, 0, listen()
+    logged_at, waited, asked = step, 0.0, listen()
 
-    def save_all() -> None:
-        """All that a resumed run needs; the log never falls behind the checkpoint."""
+    def save() -> None:
+        """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
+        if RANK:
+            return
+        if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
+            diverged(out, step)
         os.fsync(log.fileno())
-        save(out, config, byol, step / per_epoch, {
-            "step": step, "byol": byol.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "sums": sums, "bad": bad,
-        })  # fmt: skip
+        if bad:
+            rows = "".join(f"{pair}\t{message}\n" for pair, message in bad.items())
+            write_atomic(out / "bad_tiles.txt", lambda part: part.write_text(rows))
+        save_encoder(out / "encoder.safetensors", byol.student.encoder, config, step / per_epoch)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "sums": sums, "bad": bad}
+        write_atomic(out / "checkpoint.pt", partial(torch.save, state))
 
-    wanted = requests(archive, stats, args, range(step, end))
+    wanted = requests(archive, args, range(step, end))
     for batch in bandcrop.stream(wanted, shape, device, args.threads or max(1, processors)):
         if problem := replace_bad(batch, bad, archive, args):
-            if RANK == 0 and step > began_at:
-                save_all()
+            if step > began_at:
+                save()
             fail(1, problem)
-        a, b = two_views(batch.x, batch.request["extra"]["draws"], device, args)
-        if step == 0 and RANK == 0:
-            draw_views(out / "views.png", batch, torch.cat([a, b]), archive, stats)
+        draws = torch.from_numpy(batch.request["extra"]["draws"]).to(device, non_blocking=True)
+        views = augment(batch.x, draws, args).contiguous(memory_format=torch.channels_last)
+        a, b = views.chunk(2)
+        if step == 0:
+            draw_views(out / "views.png", batch.request, views, archive)
         lr = learning_rate(step, per_epoch, args)
-        sums[:3] += train_step(model, optimizer, scaler, a, b, lr, args.tau, autocast)
+        take = partial(train_step, model, optimizer, scaler, a, b, lr, args.tau, autocast)
+        sums[:3] += first_step(byol, take) if compiled and step == began_at else take()
         sums[3] += WORLD * int(batch.report.replaced.sum())  # sums are means over processes
-        step, taken, waited = step + 1, taken + 1, waited + batch.waited
+        step, waited = step + 1, waited + batch.waited
 
         # What is due after this step: a log line, a progress line, a checkpoint
         epoch, within = divmod(step, per_epoch)
+        cycle_ends = not (within or in_cycle(epoch, args.restart_epochs, args.restart_mult)[0])
         count = (step - 1) % per_epoch % log_every + 1  # steps since the last log line
         line, now, every = not within or count == log_every, time.monotonic(), args.checkpoint_every
         due, stop = not step % every if every else now - saved > 120, asked[0] if asked else 0
-        show = not within or (WORLD == 1 and now - shown > (2 if terminal else 60))
         if WORLD > 1:  # all do the same at the same step
             if not (line or step == end or step % 10 == 0 or (every and due)):
                 continue
-            due, stop = agree(due, stop, sums, bad)
-        due = due or stop or step == end
+            dist.all_reduce(sums)
+            sums /= WORLD
+            for also_due, also_stop, theirs in everyone((due, stop, bad)):
+                due, stop = due or also_due, max(stop, also_stop)
+                bad |= theirs
+        last = bool(stop) or step == end
+        whole_line = not within or last or not terminal  # else the next is written over it
+        show = not within or last or (WORLD == 1 and now - shown > (2 if terminal else 60))
+        due = due or last
         if not (line or show or due):
             continue
         total, spread, cosine, replaced = sums.tolist()  # waits for the device
         if not math.isfinite(total):
             diverged(out, step)
+        speed = (step - logged_at) * args.batch_size / (now - since)
         record = {
             "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
             "std": spread / count, "cosine": cosine / count, "replaced": round(replaced),
             "timing": {
-                "seconds": round(now - began, 3), "data_wait": round(waited / (now - since), 4),
-                "pairs_per_second": round(taken * args.batch_size / (now - since), 2),
+                "seconds": round(now - began, 3), "pairs_per_second": round(speed, 2),
+                "data_wait": round(waited / (now - since), 4),
             },
         }  # fmt: skip
-        if RANK == 0 and not within and (epoch % watch_every == 0 or epoch == args.epochs):
-            record |= watch_learning(byol, archive, stats, args, device, autocast)
+        if not within and (epoch % watch_every == 0 or epoch == args.epochs):
+            record |= watch_learning(byol, archive, args, device, autocast)
         if show:
-            left = (end - step) * args.batch_size / record["timing"]["pairs_per_second"]
-            keep = not within or not terminal
-            say("\r\x1b[K" * bool(terminal) + progress(record, left), end="\n" if keep else "")
+            text = progress(record, (end - step) * args.batch_size / speed)
+            say("\r\x1b[K" * bool(terminal) + text, end="\n" if whole_line else "")
             shown = now
-        if line and RANK == 0:
+        if line:
             log.write(json.dumps(record) + "\n")
             log.flush()
-            judge(record, args)
-        if line:
+            judge(record, cycle_ends, args)
             sums.zero_()
-            since, waited, taken = time.monotonic(), 0.0, 0
-        if RANK == 0 and len(bad) > listed:
-            listed = len(bad)
-            rows = "".join(f"{pair}\t{message}\n" for pair, message in bad.items())
-            write_atomic(out / "bad_tiles.txt", lambda beside, rows=rows: beside.write_text(rows))
-        restarts = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
-        if RANK == 0 and restarts:
+            since, waited, logged_at = time.monotonic(), 0.0, step
+        if cycle_ends:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
         if due:
+            save()
             saved = time.monotonic()
-            if RANK == 0:
-                save_all()
         if stop:
-            say(f"\nstopped at step {step} of {end}, saved: --resume --out {out} goes on")
+            say(f"stopped at step {step} of {end}, saved: --resume --out {out} goes on")
             return 128 + stop
     bands = config["bands"]["names"][: CHANNELS[args.mode]]
     say(f"done in {duration(time.monotonic() - began)}: {out}/encoder.safetensors\n"

@@ -106,8 +106,8 @@ def make_ours(
     optimizer = pretrain.make_optimizer(byol, settings)
     fast, off = partial(autocast, True), torch.amp.GradScaler(DEVICE.type, enabled=False)
     if DEVICE.type == "cuda":  # as the program does
-        example = views[0].contiguous(memory_format=torch.channels_last)
-        pretrain.compile_networks(byol, example, example, fast)
+        byol.student.compile(dynamic=False)
+        byol.teacher.compile(dynamic=False)
     plan = pretrain.plan_epoch(0, settings.batch_size, list(pretrain.BANDS), settings)
     draws = torch.from_numpy(plan.draws.swapaxes(0, 1).copy()).flatten(0, 1).to(DEVICE)  # [2N, 7]
     both, sums = views.flatten(0, 1), torch.zeros(3, device=DEVICE)

@@ -93,7 +93,7 @@ def test_the_student_sees_both_views_with_the_strides_that_it_was_compiled_for(b
     to_fake_cuda(byol).student.register_forward_pre_hook(
         lambda module, x: seen.append((x[0].shape, x[0].stride()))
     )
-    for fill in (torch.zeros, torch.empty):  # compile_networks' example, and a batch
+    for fill in (torch.zeros, torch.empty):  # whatever the batch holds
         x, draws = fill(8, 3, 64, 64, device=CUDA), fill(8, 7, device=CUDA)
         views = pretrain.augment(x, draws, args)
         byol(*views.contiguous(memory_format=torch.channels_last).chunk(2))
