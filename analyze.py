@@ -3,8 +3,8 @@
     python analyze.py results/                             # report/index.html, and runs/'s curves
     python analyze.py results/demo --runs runs/demo --out report/demo
 
-In: the JSON of probe.py and segment.py (schema 1), with NAME-cam.png, NAME-maps.png and
-NAME-embeddings.npz beside NAME.json; log.jsonl, config.json and views.png of pretrain.py.
+In: the JSON of probe.py and segment.py (schema 1), with NAME-cam.png and NAME-maps.png beside
+NAME.json; the NPZ files of probe.py --embed; log.jsonl, config.json and views.png of pretrain.py.
 Out: index.html (self-contained), tables.md, tables.csv, tables.tex, tests.csv and figures as PNG
 and SVG; files of these names are replaced, others are left alone.
 
@@ -48,7 +48,7 @@ SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "
 TABLE = ("channels", "train_images")
 # In config: what changes with the seed, or says nothing of how the weights were used
 NOT_SETTINGS = set(
-    "identity learning_rate l2_penalty neighbours optimiser mean std train test validated encoder"
+    "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated encoder"
     " encoder_synthetic unseen_bands replaced_samples device bf16 precision losses cached file root"
     " seconds train_images".split()
 )
@@ -922,14 +922,15 @@ def draw_classes(table: Table):
     return figure
 
 
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """features float64 [n, D] and labels int [n] of at most 2,000 images, drawn with a fixed seed.
+def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """features float64 [n, D], labels int [n] of at most 2,000 images by a fixed seed; class names.
 
     ValueError where no t-SNE can be made (scikit-learn's ends the process on some of these): values
     that are not finite, fewer than two columns, features all alike, as a collapsed encoder's are.
     """
     with np.load(path, allow_pickle=False) as file:
         features, labels = file["features"], file["labels"]
+        names = [str(name) for name in file["classes"]]
     fit = features.ndim == 2 and min(features.shape) > 1 and labels.shape == features.shape[:1]
     if not fit or features.dtype.kind != "f" or labels.dtype.kind not in "iu" or len(labels) < 12:
         raise ValueError("it takes floats [12 or more, 2 or more], and for each an integer label")
@@ -941,20 +942,20 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
     features -= features.mean(0)
     if (spread := np.abs(features).max()) < 1e-6:
         raise ValueError("all features are alike: a collapsed encoder?")
-    return features / spread, labels
+    return features / spread, labels, names
 
 
-def draw_tsne(files: list[tuple[str, Path]], names: tuple[str, ...], faults: list[str]):
+def draw_tsne(files: list[Path], faults: list[str]):
     """t-SNE of embeddings, a panel for each file, classes named at the medians of their points."""
-    panels = [(title, guarded(faults, f"{path}: no embeddings", read_embeddings, path))
-              for title, path in files]  # fmt: skip
+    panels = [(path.stem, guarded(faults, f"{path}: no embeddings", read_embeddings, path))
+              for path in files]  # fmt: skip
     panels = [(title, *read) for title, read in panels if read]
     if not panels:
         return None
     from sklearn.manifold import TSNE  # two seconds, for this figure only
 
     figure, axes = new_figure(3.4 * len(panels), 3.6, columns=len(panels))
-    for axis, (title, features, labels) in zip(axes, panels, strict=True):
+    for axis, (title, features, labels, names) in zip(axes, panels, strict=True):
         tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
         points = tsne.fit_transform(features)
         for index, c in enumerate(np.unique(labels).tolist()):
@@ -1115,9 +1116,6 @@ def html_section(page: Page, tables: list[Table]) -> str:
     sheets = [(f"{text}: {what}", path) for what in ("maps", "cam")
               for text, path in examples(most, f"-{what}.png")]  # fmt: skip
     parts += ["<div class=sheets>", *itertools.starmap(page.sheet, sheets), "</div>"]
-    if files := examples(most, "-embeddings.npz"):
-        parts.append(page.figure(f"{stem}-tsne", "t-SNE of the test images' embeddings", draw_tsne,
-                                 files, first.classes, page.faults))  # fmt: skip
     return "".join(parts)
 
 
@@ -1171,6 +1169,10 @@ def main(argv: list[str] | None = None) -> int:
     page = Page(args.out, faults)
     with matplotlib.rc_context(FONT):
         answers = [html_section(page, tables) for tables in sections]
+        if files := sorted(args.results.rglob("*.npz"))[:4]:
+            text = "What probe.py --embed wrote: t-SNE of the features, by class."
+            answers += ["<h2>Embeddings</h2>\n",
+                        page.figure("tsne", text, draw_tsne, files, faults)]  # fmt: skip
         if runs:
             made = " (SYNTHETIC tiles)" * runs[0].synthetic
             text = "By step. The std falls to 0 where the projection collapses."

@@ -171,23 +171,19 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(1, f"{path}: not a readable UTF-8 text ({error})")
-    header: list[str] = []
+    header = [name.strip() for name in lines[0].split(",")]
+    if any(header.count(column) != 1 for column in columns):
+        fail(1, f"{path} line 1: {lines[0][:80]!r} lacks one of the columns {','.join(columns)}, "
+                "or commas between them")  # fmt: skip
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[1:], 2):
         try:
             values = next(csv.reader([line], strict=True), [])
         except csv.Error as error:
             fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
-        if not header:
-            header = [value.strip() for value in values]
-            for column in columns:
-                if header.count(column) != 1:
-                    other = next((mark for mark in ";\t" if mark in line), "")
-                    why = f" (separator {other!r}?)" if other else ""
-                    fail(1, f"{path} line 1: no column {column}{why}: {line[:80]!r}")
-        elif values:
-            if len(values) != len(header):
-                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+        if values and len(values) != len(header):
+            fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+        if values:
             rows.append(dict(zip(header, values, strict=True)) | {"line": str(number)})
     if not rows:
         fail(1, f"{path}: no row under the header {','.join(header)}")
@@ -203,8 +199,6 @@ TRIPLES = {
     "RE": ["RE5", "RE6", "RE7"],
     "SAR": ["SAR1", "SAR2", "SAR1"],
 }
-# Results whose settings are equal in these may stand in one table.
-COMPARED = "files images classes ignored train_images head size arch bn stats epochs".split()
 
 
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
@@ -272,8 +266,10 @@ def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result with its versions; one that is there is never replaced."""
-    result["versions"] = {"python": platform.python_version(), "numpy": np.__version__}
-    result["versions"] |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    result["versions"] = {
+        "python": platform.python_version(), "numpy": np.__version__,
+        "torch": torch.__version__, "torchvision": torchvision.__version__,
+    }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
         write_atomic(path, lambda beside: beside.write_text(text) and None)
@@ -283,36 +279,34 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def print_table(out: Path, paths: list[Path], metric: str) -> None:
     """The metric of this run's results by band, beside random's and the floor's in `out`.
 
+    They stand beside it where config's "task" is equal: all that determines a result but weights.
     Mean over seeds and half the width of the 95 % interval (Student's t) where there are several.
     """
     from scipy.special import stdtrit  # Student's quantile; here, as it takes a second to import
 
-    first = json.loads(paths[0].read_text())
-    found: dict[str, dict[str, dict[int, float]]] = {}  # name: band: seed
-    for path in [*paths, *sorted(out.glob("*.json"))]:
+    own = [json.loads(path.read_text()) for path in paths]
+    name, config = own[0]["weights"]["name"], own[0]["config"]
+    tasks = {result["config"]["task"] for result in own}
+    for path in sorted(out.glob("*.json")):
         try:
-            result = json.loads(path.read_text())
-            name, settings = result["weights"]["name"], result["config"]
-            if path not in paths:
-                if name not in ("Random init", "stats") or name == first["weights"]["name"]:
-                    continue
-                if any(
-                    result[key] != first[key] for key in ("stage", "dataset", "split", "subset")
-                ):
-                    continue
-                both = [(settings.get(key), first["config"].get(key)) for key in COMPARED]
-                if any(None not in pair and pair[0] != pair[1] for pair in both):
-                    continue
-            seeds = found.setdefault(name, {}).setdefault("+".join(result["bands"]), {})
-            seeds[result["seed"]] = result["metrics"][metric]
+            other = json.loads(path.read_text())
+            alike = other["config"]["task"] in tasks and all(
+                other["config"][key] in (None, config[key]) for key in ("arch", "bn")
+            )  # None: the floor has neither
+            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+                own.append(other)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no result of this script
+    found: dict[str, dict[str, list[float]]] = {}  # name: band
+    for result in own:
+        bands = found.setdefault(result["weights"]["name"], {})
+        bands.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
     print("".join(f"{title:22}" for title in ("band", *found)).rstrip())
-    for band in found[first["weights"]["name"]]:
+    for band in found[name]:
         cells = [band]
         for bands in found.values():
-            values = np.array([*bands.get(band, {}).values()])
+            values = np.array(bands.get(band, []))
             cells.append(f"{values.mean():.3f}" if len(values) else "-")
             if len(values) > 1:
                 half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
@@ -321,19 +315,15 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
 
 
 class Progress:
-    """Says how far a part of the work is: in place on a terminal, once a minute in a log file."""
+    """Says how far a part of the work is: on a terminal each 5 s, in a log file each minute."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.terminal, self.said = what, sys.stderr.isatty(), time.monotonic()
+        self.what, self.said = what, time.monotonic()
+        self.pause = 5 if sys.stdout.isatty() else 60
 
     def __call__(self, done: int, count: int, note: str = "") -> None:
-        if time.monotonic() - self.said < (0.1 if self.terminal else 60) and done < count:
-            return
-        self.said = time.monotonic()
-        if self.terminal:
-            line = f"  {self.what}: {done} of {count}{note}" if done < count else ""
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif done < count:
+        if done < count and time.monotonic() - self.said >= self.pause:
+            self.said = time.monotonic()
             print(f"  {self.what}: {done} of {count}{note}", flush=True)
 
 
@@ -386,12 +376,14 @@ def weights_file(file: Path, asked: str) -> bytes:
         fail(2, f"{asked}: no file {file}; see --help for what --weights takes")
     data = file.read_bytes()
     start = data[:64].lstrip().lower()
+    for beginning, what in (
+        (b"<!doctype", "a web page: fetch it again"), (b"<html", "a web page: fetch it again"),
+        (b"version https://git-lfs", "a git-lfs pointer: run git lfs pull"),
+    ):  # fmt: skip
+        if start.startswith(beginning):
+            fail(1, f"{file}: is no weights file but {what}")
     if not start:
         fail(1, f"{file}: is empty: fetch it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        fail(1, f"{file}: is no weights file but a web page: fetch it again")
-    if start.startswith(b"version https://git-lfs"):
-        fail(1, f"{file}: is no weights file but a git-lfs pointer: run git lfs pull")
     return data
 
 
@@ -476,17 +468,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches; then eval mode."""
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # cumulative mean
-            module.train()
-    with torch.no_grad():
-        for batch in batches:
-            with autocast(batch.device):
-                encoder(for_encoder(encoder, batch))
-    encoder.eval()
+    """Set each BatchNorm's running statistics to their mean over these batches."""
+    with autocast(next(encoder.parameters()).device):
+        images = (for_encoder(encoder, batch) for batch in batches)
+        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:

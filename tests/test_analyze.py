@@ -128,9 +128,9 @@ def tree(tmp_path_factory) -> Path:
     demo = {"dataset": "sen12ms", "subset": None, "synthetic": True}
     fill(root / "results/demo", "probe", {"random": 0.5, OURS: 0.49}, ["Red", "SAR1"], 3, **demo)
     rng = np.random.default_rng(0)
+    save_features(root / "results/red.npz", LABELS[:, None] + rng.random((60, 16)))
     for path in one:
         if "-Red-" in path.name and "seed0" in path.name:
-            save_features(beside(path, "-embeddings.npz"), LABELS[:, None] + rng.random((60, 16)))
             sheet = rng.integers(0, 255, (60, 200, 3), np.uint8)
             Image.fromarray(sheet).save(beside(path, "-cam.png"))
         elif "-NNIR-RS-BYOL-1-MS" in path.name:
@@ -148,8 +148,9 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def save_features(path: Path, features: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """As probe.py --embed writes them."""
     labels = np.arange(len(features)) % 10 if labels is None else labels
-    np.savez(path, features=features.astype(np.float32), labels=labels)
+    np.savez(path, features=features.astype(np.float32), labels=labels, classes=np.array(CLASSES))
 
 
 def write_run(folder: Path, seed: int, last: str = "", synthetic: bool = False) -> None:
@@ -717,8 +718,8 @@ def test_odd_settings_cost_no_report(tmp_path):
 
 
 def test_broken_embeddings_and_logs_are_named_and_left_out(tmp_path, capsys):
-    path = write(tmp_path / "results", result())
-    beside(path, "-embeddings.npz").write_bytes(b"PK no zip")
+    write(tmp_path / "results", result())
+    (tmp_path / "results/red.npz").write_bytes(b"PK no zip")
     write_run(tmp_path / "runs/ok", 0, last='{"step": 700, "lo')  # still being written: no fault
     write_run(tmp_path / "runs/bad", 1, last='{"step": 700\n')
     write_run(tmp_path / "runs/worse", 2)
@@ -727,7 +728,7 @@ def test_broken_embeddings_and_logs_are_named_and_left_out(tmp_path, capsys):
     assert analyze.main([str(tmp_path / a) if a[0] != "-" else a for a in argv]) == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 3
-    for part in ("-embeddings.npz: no embeddings", "bad/log.jsonl: JSON",
+    for part in ("red.npz: no embeddings", "bad/log.jsonl: JSON",
                  "worse/log.jsonl: JSON"):  # fmt: skip
         assert part in said
 
@@ -748,9 +749,9 @@ ODD_FEATURES = {  # sklearn's t-SNE ends the process on some of these
 @pytest.mark.parametrize("what", ODD_FEATURES)
 def test_embeddings_that_no_tsne_can_be_made_of_are_refused(tmp_path, what):
     features, labels = ODD_FEATURES[what]
-    np.savez(tmp_path / "f.npz", features=features, labels=labels)
+    np.savez(tmp_path / "f.npz", features=features, labels=labels, classes=np.array(CLASSES))
     faults: list[str] = []
-    assert analyze.draw_tsne([("title", tmp_path / "f.npz")], (), faults) is None
+    assert analyze.draw_tsne([tmp_path / "f.npz"], faults) is None
     assert len(faults) == 1 and "f.npz: no embeddings" in faults[0]
 
 
@@ -763,17 +764,17 @@ def test_huge_tiny_and_sparse_embeddings_and_labels_are_drawn(tmp_path):
     }.items():  # fmt: skip
         save_features(tmp_path / f"{name}.npz", features, labels)
     faults: list[str] = []
-    files = [(path.stem, path) for path in sorted(tmp_path.glob("*.npz"))]
-    figure = analyze.draw_tsne(files, ("a",), faults)
+    figure = analyze.draw_tsne(sorted(tmp_path.glob("*.npz")), faults)
     assert len(figure.axes) == 3 and not faults
     assert [text.get_text() for text in figure.axes[0].texts] == ["-1", "999999"]
 
 
 def test_classes_are_named_at_their_points_and_twenty_have_a_colour_each(tmp_path):
     labels = np.arange(60) % 20
-    save_features(tmp_path / "f.npz", np.eye(60, 8) + labels[:, None], labels)
-    names = tuple(f"class {i}" for i in range(20))
-    (axis,) = analyze.draw_tsne([("title", tmp_path / "f.npz")], names, []).axes
+    names = [f"class {i}" for i in range(20)]
+    features = np.eye(60, 8) + labels[:, None]
+    np.savez(tmp_path / "f.npz", features=features, labels=labels, classes=np.array(names))
+    (axis,) = analyze.draw_tsne([tmp_path / "f.npz"], []).axes
     assert len({tuple(c.get_facecolor()[0]) for c in axis.collections}) == 20
     assert {text.get_text() for text in axis.texts} == set(names)
 

@@ -206,10 +206,10 @@ def test_the_sar_twin_shows_the_same_places(tmp_path, eurosat):
         decibel = tifffile.imread(path)
         assert (decibel.shape, decibel.dtype) == ((64, 64, 2), "float32")
         assert -35 < decibel.mean() < 0
-        smooth = [ndimage.gaussian_filter(x, 1.5).ravel() for x in (decibel[..., 0],
-                  *(tifffile.imread(tile).mean(2) for tile in (
-                      eurosat / path.relative_to(tmp_path / "eurosat_s1"),
-                      eurosat / twins[len(rows) - 1].relative_to(tmp_path / "eurosat_s1"))))]  # fmt: skip
+        names = [path.relative_to(tmp_path / "eurosat_s1"), twins[len(rows) - 1].relative_to(
+            tmp_path / "eurosat_s1")]  # fmt: skip
+        optical = [tifffile.imread(eurosat / name).mean(2) for name in names]
+        smooth = [ndimage.gaussian_filter(x, 1.5).ravel() for x in (decibel[..., 0], *optical)]
         rows.append(np.abs(np.corrcoef(smooth)[0, 1:]))  # the same place, another
     same, other = np.mean(rows, axis=0)
     assert same > 0.3 and other < 0.15, (same, other)
