@@ -48,9 +48,9 @@ SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "
 TABLE = ("channels", "train_images")
 # In config: what changes with the seed, or says nothing of how the weights were used
 NOT_SETTINGS = set(
-    "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated encoder"
-    " encoder_synthetic unseen_bands replaced_samples device bf16 precision losses cached file root"
-    " seconds train_images".split()
+    "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated"
+    " encoder unseen_bands device bf16 precision losses cached file root seconds"
+    " train_images".split()
 )
 # flags of pretrain.py that say where, how fast and until when, not how
 IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
