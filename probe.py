@@ -267,7 +267,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(1, f"{path}: not a readable UTF-8 text ({error})")
-    header = [name.strip() for name in lines[0].split(",")]
+    header = [name.strip() for name in next(csv.reader([lines[0]]), [])]
     if any(header.count(column) != 1 for column in columns):
         fail(1, f"{path} line 1: {lines[0][:80]!r} lacks one of the columns {','.join(columns)}, "
                 "or commas between them")  # fmt: skip

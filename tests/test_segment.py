@@ -576,7 +576,7 @@ def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
         ("s1,s2,mask\na,b,c", ("/c:", "No such file")),
         ("s1,s2,mask\na,b", ("line 2",)),
         ('s1,s2,mask\n"a,b,c\na,b,c', ("line 2",)),
-        ("s1;s2;mask\na;b;c", ("line 1", "';'")),
+        ("s1;s2;mask\na;b;c", ("line 1", "commas")),
         ("s1,s2,mask,split\na,b,c,training", ("line 2", "'training'")),
         ("s1,s2,mask\n", ("no row",)),
     ],
