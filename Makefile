@@ -42,12 +42,12 @@ test: environment codecs  ## build, then run all tests
 	$(PY) -m pytest -q
 
 DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --size 32 --band all --head knn --seeds 3 --out results/demo
-DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --band NIR --arch resnet18 --size 64 --num-images 24 --epochs 15 --maps 4 --out results/demo
+DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --band NIR --arch resnet18 --size 64 --num-images 24 --epochs 30 --maps 4 --out results/demo
 
 demo: build  ## everything once on synthetic tiles, one page: under 5 minutes on 2 cores
 	@rm -rf runs/demo results/demo
 	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 640 --size 64)
-	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms --arch resnet18 --size 32 --epochs 4 --restart-epochs 4 --out runs/demo)
+	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms --arch resnet18 --size 32 --epochs 3 --restart-epochs 3 --out runs/demo)
 	$(call stage,Probe of the pre-trained encoder for each band,$(DEMO_PROBE) --bn reestimate --weights $(ENCODER))
 	$(call stage,Probe of a random encoder for each band,$(DEMO_PROBE) --weights random)
 	$(call stage,Probe of twelve hand-made statistics for each band,$(DEMO_PROBE) --weights stats)
