@@ -400,7 +400,7 @@ def bench_probe(settings: argparse.Namespace, rounds: int, folder: Path) -> None
             whole.append(clock(lambda args=args: probe.main(args)))
         result = json.loads(next(out.glob("*.json")).read_text())
         heads.append(result["seconds"]["train"])
-        head = clock(lambda: probe.fit_mlp(features, labels, 10, *rate, EPOCHS))
+        head = clock(lambda: probe.fit_mlps(features, labels, 10, [rate], EPOCHS))
         once.append(whole[-1] - heads[-1] + head)
         others.append(clock(epoch))
     whole, heads, once, others = (np.array(v[1:]) for v in (whole, heads, once, others))
