@@ -8,9 +8,8 @@
 //   writes to a batch's output any more.
 // - Each thread keeps its buffers from sample to sample: nothing is allocated once they are large
 //   enough.
-// - A thread that finds no memory fails its sample and goes on; in the caller's thread
-// std::bad_alloc
-//   or std::system_error (no thread to be had) leaves no batch behind.
+// - A thread that finds no memory fails its sample and goes on. In the caller's thread
+//   std::bad_alloc or std::system_error (no thread to be had) leaves no batch behind.
 //
 // Does not: know Python. Threads are started by the first submit(), not before.
 #pragma once
