@@ -39,10 +39,10 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import bandcrop
 import numpy as np
@@ -176,6 +176,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=positive, default=1e-5,
         help="of all weights, biases and BatchNorm too (paper: 1e-5; BYOL leaves these out)")
     add("--tau", type=share, default=0.9, help="teacher's decay a step (paper: 0.9; BYOL: 0.99+)")
+    add("--negatives", type=positive, default=0.0, metavar="TEMPERATURE",
+        help="tell the place from the batch's others (InfoNCE; 0.2 measured) instead of BYOL's "
+        "loss: no longer BYOL, and named so; 0: off")
 
     add = parser.add_argument_group("augmentation, drawn for each view").add_argument
     add("--crop-area", type=number(float, 0.001, 1), default=0.08,
@@ -214,38 +217,40 @@ def make_parser() -> argparse.ArgumentParser:
 def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """The command line and, where it goes on with a run, that run's config, which binds it."""
     parser, typed = make_parser(), sys.argv[1:]
-    args = parser.parse_args(typed)
+
+    def parse(words: list[str]) -> argparse.Namespace:
+        parser.set_defaults(**RECIPES[parser.parse_args(words).recipe])
+        return parser.parse_args(words)
+
+    args, config = parse(typed), None
     if args.mode and not args.out:
         name = run_name(args, args.num_pairs).lower()
         args.out = Path("runs", name.replace(" ", "-").replace("/", "-"))
-    file = args.out / "config.json" if args.out else None
-    config, saved = None, {}
-    if file and file.exists():
+    file = (args.out or Path("runs")) / "config.json"
+    if file.exists():
         if not args.resume:
             fail(2, f"{args.out} holds another run: --resume goes on, or choose another --out")
         try:
             config = json.loads(file.read_text())
             saved, bands = config["settings"], config["bands"]
-            typed = shlex.split(config["command"])[1:] + typed
+            now = parse(shlex.split(config["command"])[1:] + typed)
             np.array([bands["mean"], bands["std"]], float), saved["arch"], config["pairs"]["sha256"]
             DTYPES[config["precision"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
-    elif file and (args.out / "checkpoint.pt").exists():
+        now.out, now.max_steps, now.resume, args = args.out, args.max_steps, True, now
+        changed = [
+            f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}"
+            for key, value in vars(args).items()
+            if key not in MAY_CHANGE and value != saved.get(key, parser.get_default(key))
+        ]
+        if changed:
+            fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
+    elif file.with_name("checkpoint.pt").exists():
         fail(2, f"{args.out}: checkpoint.pt without its config.json: choose another --out")
-    parser.set_defaults(**RECIPES[parser.parse_args(typed).recipe])
-    new = parser.parse_args(typed)
-    new.out, new.max_steps, new.resume = args.out, args.max_steps, args.resume
-    if not new.mode:
-        fail(2, f"--mode is needed: single, three or rgb{f': no run in {file}' * bool(file)}")
-    changed = [
-        f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}"
-        for key, value in vars(new).items()
-        if config and key not in MAY_CHANGE and value != saved.get(key)
-    ]
-    if changed:
-        fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
-    return new, config
+    elif not args.mode:
+        fail(2, f"--mode is needed: single, three or rgb; or --resume --out RUN (no run in {file})")
+    return args, config
 
 
 def run_name(args: argparse.Namespace, pairs: int) -> str:
@@ -253,7 +258,7 @@ def run_name(args: argparse.Namespace, pairs: int) -> str:
     name = VARIANTS[args.mode, args.views][0]
     if name == "RS-BYOL-1":
         name += " w/150K" * (pairs == 150000) + " w/64BS" * (args.batch_size == 64)
-    return name
+    return name + " with negatives" * (args.negatives > 0)
 
 
 # The method: networks, loss, teacher, one step, schedule ------------------------------------------
@@ -278,8 +283,9 @@ def make_head(features: int, hidden: int, out: int) -> nn.Sequential:
 class BYOL(nn.Module):
     """Student (encoder, projector), its predictor, and a teacher that follows the student."""
 
-    def __init__(self, encoder: nn.Module, hidden: int, projection: int):
+    def __init__(self, encoder: nn.Module, hidden: int, projection: int, negatives: float = 0):
         super().__init__()
+        self.loss = partial(contrast, temperature=negatives) if negatives else byol_loss
         projector = make_head(encoder.width, hidden, projection)
         self.student = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
         self.predictor = make_head(projection, hidden, projection)
@@ -294,7 +300,7 @@ class BYOL(nn.Module):
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)  # [N, P]
         with torch.no_grad():
             t_a, t_b = self.teacher(a), self.teacher(b)  # [N, P]
-        loss = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)
+        loss = self.loss(p_a, t_b) + self.loss(p_b, t_a)
         with torch.no_grad():
             n_a, n_b = F.normalize(widen(z_a), dim=1), F.normalize(widen(z_b), dim=1)
             spread = (n_a.std(0).mean() + n_b.std(0).mean()) / 2  # 1 / sqrt(P) healthy, 0 collapse
@@ -315,6 +321,12 @@ def widen(x: Tensor) -> Tensor:
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """2 - 2 cos, i.e. the squared distance of the L2-normalised vectors; mean over N."""
     return (2 - 2 * F.cosine_similarity(widen(prediction), widen(target), dim=1)).mean()
+
+
+def contrast(prediction: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018): which of the N targets is the prediction's own?"""
+    p, t = F.normalize(widen(prediction), dim=1), F.normalize(widen(target), dim=1)
+    return F.cross_entropy(p @ t.T / temperature, torch.arange(len(p), device=p.device))
 
 
 def make_optimizer(byol: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
@@ -492,6 +504,7 @@ class Archive(NamedTuple):
     bands: list[str]  # the paper's names of the bands that this mode uses: MS first, then SAR
     place: np.ndarray  # int64 [bands, 2]: 0 S2 file or 1 S1 file; 0-based band in that file
     widths: np.ndarray  # int64 [2]: bands that an S2 and an S1 file must have
+    nodata: float | None  # of files without a tag of their own
     about: dict  # for config.json: pairs used and left out, digest of their list, synthetic or not
     stats: np.ndarray | None = None  # float32 [2, bands]: mean, std
 
@@ -565,8 +578,6 @@ def open_archive(args: argparse.Namespace) -> Archive:
         listed = [pair for pair in listed if not {Path(file).name for file in pair} & out]
         if len(listed) == found:
             fail(2, f"--exclude {args.exclude} names no tile of {root}: one file name a line")
-    excluded = found - len(listed)
-
     order = np.argsort(stream(args.seed, SUBSET).random(len(listed)), kind="stable")
     chosen, spare = np.sort(order[: args.num_pairs]), np.sort(order[args.num_pairs :])
     if len(chosen) < args.batch_size:
@@ -575,11 +586,8 @@ def open_archive(args: argparse.Namespace) -> Archive:
     pool = spare if len(spare) >= min(256, len(chosen)) else chosen  # not trained on, if there are
     watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
     names = [listed[i][0] for i in chosen]
-    try:
-        sha = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        " ".join([str(root), *sys.argv]).encode()
-    except UnicodeEncodeError:
-        fail(2, f"a name is not UTF-8: rename it, or link to it by another: {ascii(str(root))}")
+    sha = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    " ".join([str(root), *sys.argv]).encode()  # as metadata must: else UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
     for path in files[:, 0]:
@@ -588,10 +596,10 @@ def open_archive(args: argparse.Namespace) -> Archive:
             warn(f"{path} is {tile.height} x {tile.width}: crops of a whole scene are shrunk: cut "
                  "tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
     widths = np.array([order.count(",") + 1 for order in (args.s2_bands, args.s1_bands)])
-    about = {"used": len(names), "sha256": sha, "excluded": excluded,
+    about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
-                   np.array([*place.values()]), widths, about)  # fmt: skip
+                   np.array([*place.values()]), widths, args.nodata, about)  # fmt: skip
 
 
 def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -618,34 +626,35 @@ def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[fl
     return mean.tolist(), std.tolist()
 
 
-def make_request(
-    archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: np.ndarray, nodata: float | None
-) -> dict:
-    """What bandcrop is to read: whole views of `pairs` int [N] with bands int [N, C]."""
-    file, band = archive.place[bands].transpose(2, 0, 1)  # [N, C] each
+def make_request(archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: np.ndarray) -> dict:
+    """What bandcrop is to read: whole views a of `pairs` int [N], then their views b.
+
+    bands: int [N, 2, C]; "extra" repeats pairs as [2N] and bands as [2N, C].
+    """
+    pairs, bands = np.tile(pairs, 2), np.concatenate([bands[:, 0], bands[:, 1]])
+    file, band = archive.place[bands].transpose(2, 0, 1)  # [2N, C] each
     mean, std = archive.stats[:, bands]
     return {
         "paths": files[file, pairs[:, None]].tolist(), "bands": band, "mean": mean, "std": std,
-        "bands_in_file": archive.widths[file], "nodata": nodata, "bad": "report",
+        "bands_in_file": archive.widths[file], "nodata": archive.nodata, "bad": "report",
+        "extra": {"pairs": pairs, "bands": bands},
     }  # fmt: skip
 
 
 def requests(archive: Archive, args: argparse.Namespace, steps: range) -> Iterator[dict]:
-    """This process's share of the global batches `steps`: view a of N pairs, then their view b."""
+    """This process's share of the global batches `steps`."""
     pairs, local = len(archive.names), args.batch_size // WORLD
     plan_of = lru_cache(1)(lambda epoch: plan_epoch(epoch, pairs, archive.bands, args))
     for step in steps:
         epoch, at = divmod(step, pairs // args.batch_size)
         plan, first = plan_of(epoch), at * args.batch_size + RANK * local
         rows = slice(first, first + local)
-        windows, orient, bands, draws = (
+        request = make_request(archive, archive.files, plan.pairs[rows], plan.bands[rows])
+        request["windows"], request["orient"], request["extra"]["draws"] = (
             np.concatenate([part[rows, 0], part[rows, 1]])
-            for part in (plan.windows, plan.orient, plan.bands, plan.draws)
+            for part in (plan.windows, plan.orient, plan.draws)
         )
-        pair = np.tile(plan.pairs[rows], 2)
-        request = make_request(archive, archive.files, pair, bands, args.nodata)
-        extra = {"pairs": pair, "bands": bands, "draws": draws}
-        yield request | {"windows": windows, "orient": orient, "extra": extra}
+        yield request
 
 
 def replace_bad(
@@ -709,12 +718,9 @@ def new_config(
     """Everything that says what a run is, written to config.json."""
     mean, std = band_statistics(archive, args)
     settings = vars(args) | {"out": str(args.out)}
-    opened = [a.dest for a in make_parser()._actions if "[open]" in (a.help or "")]
     config = {
         "schema": 1, "name": run_name(args, len(archive.names)), "settings": settings,
-        "paper_leaves_open": {key: settings[key] for key in opened},
-        "pairs": archive.about,
-        "bands": {"names": archive.bands, "mean": mean, "std": std},
+        "pairs": archive.about, "bands": {"names": archive.bands, "mean": mean, "std": std},
         "precision": precision,
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -772,9 +778,26 @@ def load_checkpoint(path: Path, parts: dict) -> dict:
              "another --out")  # fmt: skip
 
 
-def resume_log(path: Path, step: int) -> None:
-    """Cut what was logged after the checkpoint, and a torn last line: those steps come again."""
-    kept = []
+def save(out: Path, config: dict, parts: dict, state: dict, epoch: float) -> None:
+    """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
+    byol = parts["byol"]
+    if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
+        diverged(out, state["step"])
+    if state["bad"]:
+        rows = "".join(f"{pair}\t{message}\n" for pair, message in state["bad"].items())
+        write_atomic(out / "bad_tiles.txt", lambda part: part.write_text(rows))
+    save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
+    state = {name: part.state_dict() for name, part in parts.items()} | state
+    write_atomic(out / "checkpoint.pt", partial(torch.save, state))
+
+
+def open_log(out: Path, step: int) -> TextIO:
+    """log.jsonl without a torn last line and what came after the checkpoint: that comes again."""
+    if RANK:
+        return open(os.devnull, "a")
+    for left_behind in out.glob(".*.part"):  # by a run that was killed as it saved
+        left_behind.unlink()
+    path, kept = out / "log.jsonl", []
     lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -784,6 +807,7 @@ def resume_log(path: Path, step: int) -> None:
             if number < len(lines):
                 fail(1, f"{path}: line {number} is damaged: remove it, then --resume")
     write_atomic(path, lambda part: part.write_text("".join(kept)))
+    return open(path, "a")
 
 
 def draw_views(path: Path, request: dict, views: Tensor, archive: Archive) -> None:
@@ -791,15 +815,13 @@ def draw_views(path: Path, request: dict, views: Tensor, archive: Archive) -> No
 
     Each: view a, then view b; mean grey, +-2.5 standard deviations.
     """
-    half = len(views) // 2
-    shown = np.r_[0 : min(8, half), half : half + min(8, half)]
-    pairs, bands = request["extra"]["pairs"][shown], request["extra"]["bands"][shown]
-    ground = torch.empty(len(shown), *views.shape[1:])
-    whole = make_request(archive, archive.files, pairs, bands, request["nodata"])
-    bandcrop.Reader(1).fill(ground, **whole)
-    sheet = torchvision.utils.make_grid(
-        torch.cat([ground, views[shown].float().cpu()]), len(shown) // 2, 4, True, (-2.5, 2.5)
-    )
+    count, half = min(8, len(views) // 2), len(views) // 2
+    pairs, bands = request["extra"]["pairs"][:count], request["extra"]["bands"]
+    bands = np.stack([bands[:count], bands[half : half + count]], axis=1)
+    request = make_request(archive, archive.files, pairs, bands)
+    (ground,) = bandcrop.stream([request], (2 * count, *views.shape[1:]), threads=1)
+    seen = torch.cat([views[:count], views[half : half + count]]).float().cpu()
+    sheet = torchvision.utils.make_grid(torch.cat([ground.x, seen]), count, 4, True, (-2.5, 2.5))
     write_atomic(path, partial(torchvision.utils.save_image, sheet, format="png"))
 
 
@@ -829,13 +851,7 @@ def watch_learning(
     u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
     bands = choose_bands(u, archive.bands, args.mode, args.views)  # [places, 2, C]
     wanted = [
-        make_request(
-            archive,
-            archive.watched,
-            np.tile(at, 2),
-            np.concatenate([*bands[at].swapaxes(0, 1)]),
-            args.nodata,
-        )
+        make_request(archive, archive.watched, at, bands[at])
         for at in np.array_split(np.arange(places), math.ceil(places / args.batch_size))
     ]
     shape = (2 * args.batch_size, CHANNELS[args.mode], args.size, args.size)
@@ -868,10 +884,10 @@ def native_bf16(device: torch.device) -> bool:
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, str]:
     """The device to run on and its precision, both tried."""
-    cuda = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")
     try:
-        device = torch.device(name if name != "auto" else "cuda" if cuda else "cpu")
-        if cuda:  # this process's own card, before anything else touches CUDA
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if name == "auto" else name)
+        if cuda := device.type == "cuda":  # its own card, before anything else touches CUDA
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
             torch.backends.cudnn.benchmark = True
@@ -880,11 +896,10 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, str]:
         torch.zeros(1, device=device).add_(1).item()  # fails where this build has no kernels for it
     except (RuntimeError, AssertionError) as error:
         fail(2, f"--device {name} cannot be used: {reason(error)}")
-    native = native_bf16(device)
-    if precision == "bf16" and cuda and not native:
+    if precision == "bf16" and cuda and not native_bf16(device):
         fail(2, f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
     if precision == "auto":
-        precision = "bf16" if native else "fp16" if cuda else "fp32"
+        precision = "bf16" if native_bf16(device) else "fp16" if cuda else "fp32"
     return device, precision
 
 
@@ -894,6 +909,21 @@ def everyone(value: object) -> list:
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def agree(sums: Tensor, bad: dict, due: bool, stop: int) -> tuple[bool, int]:
+    """All processes save and stop at the same step; `sums` and `bad` become those of all."""
+    dist.all_reduce(sums)
+    sums /= WORLD
+    for also_due, also_stop, theirs in everyone((due, stop, bad)):
+        due, stop = due or also_due, max(stop, also_stop)
+        bad |= theirs
+    return due, stop
+
+
+def own_processors() -> int:
+    """Processors for this process's reading threads."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def first_step(byol: BYOL, take: Callable[[], Tensor]) -> Tensor:
@@ -925,11 +955,10 @@ def listen() -> list[int]:
     return asked
 
 
-def describe(args: argparse.Namespace, device: torch.device, per_epoch: int, byol: BYOL) -> None:
-    """Say once what the run is, and how to read its lines."""
-    millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
-    steps = args.epochs * per_epoch
-    say(f"{args.arch}, {millions:.1f} million parameters; {steps} steps, {per_epoch} an epoch")
+def describe(args: argparse.Namespace, device: torch.device, precision: str, steps: int) -> None:
+    """Say once what the run is on, what it will do, and how to read its lines."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA GPU in use"
+    say(f"on {device} ({card}), {precision}, {'' if args.compile else 'not '}compiled")
     say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
     if args.recipe == "paper" and steps < 20000:
         say("few steps: try --recipe small: F1 0.65 (3,100 steps), not 0.44 (1,500); README")
@@ -938,25 +967,19 @@ def describe(args: argparse.Namespace, device: torch.device, per_epoch: int, byo
     say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
 
 
-def duration(seconds: float) -> str:
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    if hours >= 24:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
-
-
-def progress(record: dict, left: float) -> str:
-    """A line of 80 columns or fewer."""
+def progress(record: dict, steps_left: int, batch_size: int) -> str:
+    """A line of 80 columns or fewer; the time that is left in hours and minutes."""
     speed, wait = record["timing"]["pairs_per_second"], 100 * record["timing"]["data_wait"]
+    hours, minutes = divmod(math.ceil(steps_left * batch_size / speed / 60), 60)
     return (
         f"epoch {record['epoch']:.1f} loss {record['loss']:.2f} cosine {record['cosine']:.2f} "
         f"spread {record['std']:.3f} {speed:.{1 if speed < 100 else 0}f} pairs/s "
-        f"wait {wait:.0f}% left {duration(left)}"
+        f"wait {wait:.0f}% left {hours}h{minutes:02}"
     )
 
 
 def judge(record: dict, cycle_ends: bool, args: argparse.Namespace) -> None:
-    """Say of a log line what is learnt, and what is wrong."""
+    """Say at an epoch's end what is learnt, and what is wrong."""
     if "match" in record:
         say(f"  match {record['match']:.3f}, rank {record['rank']:.1f} (RankMe)")
     if record["std"] < 0.1 * args.projection**-0.5:
@@ -987,35 +1010,40 @@ def prepare() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
     if config["pairs"]["sha256"] != archive.about["sha256"]:
         fail(2, f"{args.out} was started otherwise: the list of pairs (then "
              f"{config['pairs']['used']}, now {pairs})")  # fmt: skip
+    if args.compile is None:
+        args.compile = device.type == "cuda" and WORLD == 1
     stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
     return args, config, archive._replace(stats=stats), device
 
 
-def main() -> int:
-    args, config, archive, device = prepare()
-    out, precision, pairs = args.out, config["precision"], len(archive.names)
+def build(args: argparse.Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
+    """What learns (networks, optimizer, loss scaling) and where it stands: new, or resumed."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
-    byol = BYOL(make_encoder(args.arch, CHANNELS[args.mode]), args.hidden, args.projection)
+    encoder = make_encoder(args.arch, CHANNELS[args.mode])
+    byol = BYOL(encoder, args.hidden, args.projection, args.negatives)
     if WORLD > 1 and device.type == "cuda":
         byol = nn.SyncBatchNorm.convert_sync_batchnorm(byol)
     byol = byol.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(byol, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    parts = {"byol": byol, "optimizer": optimizer, "scaler": scaler}
-    state = {"step": 0, "sums": torch.zeros(4), "bad": {}}
-    if (out / "checkpoint.pt").exists():
-        state = load_checkpoint(out / "checkpoint.pt", parts)
-    step, bad = state["step"], state["bad"]
-    sums = state["sums"].to(device)  # since the last log line: what train_step returns, replaced
-    if len({*everyone(step)}) > 1:
-        fail(2, f"the processes start at steps {everyone(step)}: give all nodes the same {out}")
+    parts = {"byol": byol, "optimizer": make_optimizer(byol, args), "scaler": scaler}
+    state = {"step": 0, "bad": {}, "sums": torch.zeros(4)}
+    if (args.out / "checkpoint.pt").exists():
+        state = load_checkpoint(args.out / "checkpoint.pt", parts)
+    if len({*(steps := everyone(state["step"]))}) > 1:
+        fail(2, f"the processes start at steps {steps}: give all nodes the same {args.out}")
+    return parts, state
 
-    per_epoch = pairs // args.batch_size
-    began_at, end = step, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    compiled = args.compile or (args.compile is None and device.type == "cuda" and WORLD == 1)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA GPU in use"
-    say(f"on {device} ({card}), {precision}, {'' if compiled else 'not '}compiled")
-    describe(args, device, per_epoch, byol)
+
+def main() -> int:
+    args, config, archive, device = prepare()
+    out, per_epoch = args.out, len(archive.names) // args.batch_size
+    parts, state = build(args, device, config["precision"])
+    byol, optimizer, scaler = parts.values()
+    began_at, bad, sums = state["step"], state["bad"], state["sums"].to(device)
+    step, end = began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
+    millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
+    describe(args, device, config["precision"], args.epochs * per_epoch)
+    say(f"{args.arch}, {millions:.1f} million parameters; {end} steps, {per_epoch} an epoch")
     if args.resume:
         say(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
     model: nn.Module = byol
@@ -1023,106 +1051,82 @@ def main() -> int:
         model = nn.parallel.DistributedDataParallel(
             byol, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
         )
-    if RANK == 0:
-        for left_behind in out.glob(".*.part"):  # by a run that was killed as it saved
-            left_behind.unlink()
-        resume_log(out / "log.jsonl", step)
-    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
-    shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
-    autocast = partial(torch.autocast, device.type, DTYPES[precision], precision != "fp32")
-    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    log_every, terminal = min(args.log_every, per_epoch), sys.stdout and sys.stdout.isatty()
-    watch_every = math.ceil(50 * archive.watched.shape[1] / pairs)  # epochs: under 1 % of the time
-    began = since = shown = saved = time.monotonic()
-    logged_at, waited, asked = step, 0.0, listen()
+    dtype = DTYPES[config["precision"]]
+    autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
+    log, log_every = open_log(out, step), min(args.log_every, per_epoch)
+    watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
+    asked, waited, began = listen(), 0.0, time.monotonic()
+    since = shown = saved = began
 
-    def save() -> None:
-        """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
+    def keep() -> None:
         if RANK:
             return
-        if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
-            diverged(out, step)
         os.fsync(log.fileno())
-        if bad:
-            rows = "".join(f"{pair}\t{message}\n" for pair, message in bad.items())
-            write_atomic(out / "bad_tiles.txt", lambda part: part.write_text(rows))
-        save_encoder(out / "encoder.safetensors", byol.student.encoder, config, step / per_epoch)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "sums": sums, "bad": bad}
-        write_atomic(out / "checkpoint.pt", partial(torch.save, state))
+        state = {"step": step, "bad": bad, "sums": sums}
+        save(out, config, parts, state, step / per_epoch)
 
+    shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
     wanted = requests(archive, args, range(step, end))
-    for batch in bandcrop.stream(wanted, shape, device, args.threads or max(1, processors)):
+    for batch in bandcrop.stream(wanted, shape, device, args.threads or own_processors()):
         if problem := replace_bad(batch, bad, archive, args):
             if step > began_at:
-                save()
+                keep()
             fail(1, problem)
         draws = torch.from_numpy(batch.request["extra"]["draws"]).to(device, non_blocking=True)
         views = augment(batch.x, draws, args).contiguous(memory_format=torch.channels_last)
-        a, b = views.chunk(2)
         if step == 0:
             draw_views(out / "views.png", batch.request, views, archive)
+        a, b = views.chunk(2)
         lr = learning_rate(step, per_epoch, args)
         take = partial(train_step, model, optimizer, scaler, a, b, lr, args.tau, autocast)
-        sums[:3] += first_step(byol, take) if compiled and step == began_at else take()
+        sums[:3] += first_step(byol, take) if args.compile and step == began_at else take()
         sums[3] += WORLD * int(batch.report.replaced.sum())  # sums are means over processes
-        step, waited = step + 1, waited + batch.waited
+        step, waited, now = step + 1, waited + batch.waited, time.monotonic()
 
-        # What is due after this step: a log line, a progress line, a checkpoint
+        # What is due after this step: a log line, an encoder, a checkpoint
         epoch, within = divmod(step, per_epoch)
-        cycle_ends = not (within or in_cycle(epoch, args.restart_epochs, args.restart_mult)[0])
         count = (step - 1) % per_epoch % log_every + 1  # steps since the last log line
-        line, now, every = not within or count == log_every, time.monotonic(), args.checkpoint_every
-        due, stop = not step % every if every else now - saved > 120, asked[0] if asked else 0
-        if WORLD > 1:  # all do the same at the same step
-            if not (line or step == end or step % 10 == 0 or (every and due)):
+        line, stop = not within or count == log_every, asked[0] if asked else 0
+        due = step % args.checkpoint_every == 0 if args.checkpoint_every else now - saved > 120
+        if WORLD > 1:
+            if step % 10 and not line and step != end:
                 continue
-            dist.all_reduce(sums)
-            sums /= WORLD
-            for also_due, also_stop, theirs in everyone((due, stop, bad)):
-                due, stop = due or also_due, max(stop, also_stop)
-                bad |= theirs
-        last = bool(stop) or step == end
-        whole_line = not within or last or not terminal  # else the next is written over it
-        show = not within or last or (WORLD == 1 and now - shown > (2 if terminal else 60))
-        due = due or last
-        if not (line or show or due):
-            continue
-        total, spread, cosine, replaced = sums.tolist()  # waits for the device
-        if not math.isfinite(total):
-            diverged(out, step)
-        speed = (step - logged_at) * args.batch_size / (now - since)
-        record = {
-            "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
-            "std": spread / count, "cosine": cosine / count, "replaced": round(replaced),
-            "timing": {
-                "seconds": round(now - began, 3), "pairs_per_second": round(speed, 2),
-                "data_wait": round(waited / (now - since), 4),
-            },
-        }  # fmt: skip
-        if not within and (epoch % watch_every == 0 or epoch == args.epochs):
-            record |= watch_learning(byol, archive, args, device, autocast)
-        if show:
-            text = progress(record, (end - step) * args.batch_size / speed)
-            say("\r\x1b[K" * bool(terminal) + text, end="\n" if whole_line else "")
-            shown = now
+            due, stop = agree(sums, bad, due, stop)
+        cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
         if line:
+            total, spread, cosine, replaced = sums.tolist()  # waits for the device
+            if not math.isfinite(total):
+                diverged(out, step)
+            speed = min(count, step - began_at) * args.batch_size / (now - since)
+            timing = {"seconds": now - began, "pairs_per_second": speed,
+                      "data_wait": waited / (now - since)}  # fmt: skip
+            record = {
+                "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
+                "std": spread / count, "cosine": cosine / count, "replaced": round(replaced),
+                "timing": {name: round(value, 4) for name, value in timing.items()},
+            }  # fmt: skip
+            if not within and (epoch % watch_every == 0 or epoch == args.epochs):
+                record |= watch_learning(byol, archive, args, device, autocast)
             log.write(json.dumps(record) + "\n")
             log.flush()
-            judge(record, cycle_ends, args)
+            if not within or step == end or now - shown > 30:
+                say(progress(record, end - step, args.batch_size))
+                shown = now
+            if not within:
+                judge(record, cycle_ends, args)
             sums.zero_()
-            since, waited, logged_at = time.monotonic(), 0.0, step
+            waited, since = 0.0, time.monotonic()
         if cycle_ends:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
-        if due:
-            save()
+        if due or stop or step == end:
+            keep()
             saved = time.monotonic()
         if stop:
             say(f"stopped at step {step} of {end}, saved: --resume --out {out} goes on")
             return 128 + stop
     bands = config["bands"]["names"][: CHANNELS[args.mode]]
-    say(f"done in {duration(time.monotonic() - began)}: {out}/encoder.safetensors\n"
+    say(f"done in {timedelta(seconds=round(time.monotonic() - began))}: {out}/encoder.safetensors\n"
         f"next: python probe.py --dataset eurosat --band {','.join(bands)} "
         f"--weights {out}/encoder.safetensors")  # fmt: skip
     return 0
@@ -1137,6 +1141,8 @@ def run() -> int:
         return status
     except KeyboardInterrupt:
         return 130
+    except UnicodeEncodeError as error:
+        fail(2, f"a name is not UTF-8: rename it, or link to it by another: {ascii(error.object)}")
     except (OSError, bandcrop.TileError) as error:
         fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:

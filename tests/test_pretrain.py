@@ -7,11 +7,13 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +180,25 @@ def test_one_step_is_byol_rederived_in_float64():
             mean = 0.9 * frozen[place] + 0.1 * moved.detach()
             theirs = byol.teacher.get_parameter(place)
             torch.testing.assert_close(theirs, mean, rtol=1e-9, atol=1e-11)
+
+
+def test_with_negatives_the_loss_is_infonce_written_out():
+    p, t = torch.randn(2, 5, 8, dtype=torch.float64)
+    unit_p, unit_t = (x / x.norm(dim=1, keepdim=True) for x in (p, t))
+    odds = torch.exp(unit_p @ unit_t.T / 0.2)
+    expected = -torch.log(odds.diagonal() / odds.sum(1)).mean()
+    assert pretrain.contrast(p, t, 0.2).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_negatives_are_named_in_the_run_and_in_its_encoder(archive, tmp_path):
+    out = tmp_path / "run"
+    said = trained("--mode", "single", "--root", archive, *SMALL, "--negatives", 0.2,
+                   "--max-steps", 2, "--out", out)  # fmt: skip
+    assert "RS-BYOL-1 with negatives: 12" in said
+    with safe_open(out / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["name"] == "RS-BYOL-1 with negatives"
+    first = log_of(out)[0]["loss"]
+    assert first > 2  # of four places about 2 log 4, where BYOL's would start at 4 and fall
 
 
 def test_a_step_that_loss_scaling_skips_leaves_weights_and_momentum_clean():
@@ -351,10 +372,12 @@ def test_the_subset_is_seeded_and_blind_to_the_order_of_files(archive, monkeypat
 def test_statistics_are_numpys_over_the_samples_that_are_not_nodata(archive):
     import bandcrop
 
-    listed = pretrain.open_archive(flags("--root", str(archive), *FOUR))
+    common = ["--root", str(archive), *FOUR]
+    listed = pretrain.open_archive(flags(*common))
     at = listed.bands.index("NNIR")
     pixels = np.concatenate([bandcrop.read(path, [8])[0].ravel() for path in listed.files[0]])
-    args = flags("--root", str(archive), *FOUR, "--nodata", str(pixels[0]))
+    args = flags(*common, "--nodata", str(pixels[0]))
+    listed = pretrain.open_archive(args)
     mean, std = pretrain.band_statistics(listed, args)
     good = pixels[pixels != pixels[0]].astype(np.float64)
     assert 0 < len(good) < len(pixels)
@@ -430,7 +453,7 @@ def test_watching_changes_nothing_and_looks_outside_the_training_pairs(archive):
 def test_a_run_leaves_what_its_docstring_promises(finished, archive):
     config = json.loads((finished / "config.json").read_text())
     assert config["name"] == "RS-BYOL-1" and config["pairs"]["synthetic"] is True
-    assert config["paper_leaves_open"]["momentum"] == 0.9 and config["precision"] == "fp32"
+    assert config["settings"]["momentum"] == 0.9 and config["precision"] == "fp32"
     assert [line["step"] for line in log_of(finished)] == [2, 3, 5, 6, 8, 9, 11, 12]
     assert [line["step"] for line in log_of(finished) if "match" in line] == [12]
     assert (finished / "views.png").stat().st_size > 1000
@@ -473,7 +496,7 @@ def test_every_line_says_what_goes_on_in_80_columns(archive, tmp_path):
     assert f"--weights {tmp_path}/encoder.safetensors" in out
     timing = {"pairs_per_second": 1234.5, "data_wait": 0.99}
     worst = {"epoch": 399.9, "loss": 4.0, "cosine": 0.7, "std": 0.0625, "timing": timing}
-    assert len(pretrain.progress(worst, 13.4 * 86400)) <= 80
+    assert len(pretrain.progress(worst, 10**8, 32)) <= 80
 
 
 def test_help_shows_every_default_and_every_choice_the_paper_leaves_open():
@@ -492,31 +515,50 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["torchvision.transforms.v2", "safetensors.torch", "pytest"])
 
 
-def child(arguments: list[str], at: tuple[str, int] | None) -> None:
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
+def die_in(name: str, left: int) -> None:
+    """Be killed in the n-th call of a function of pretrain.py, or of os."""
+    module = os if hasattr(os, name) else pretrain
+    real = getattr(module, name)
+
+    def deadly(*a: object, **k: object) -> object:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a, **k)
+
+    setattr(module, name, deadly)
+
+
+def disk_is_full(after: int) -> None:
+    """A process may write no file larger than this: what a full disk does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, after))
+
+
+def reader_goes_away() -> None:
+    """As `| head` does: nobody reads what is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+
+
+def child(arguments: list[str], errors: str, trouble: partial | None) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.argv = ["pretrain.py", *arguments]
-    if at:  # die in the n-th call of a function of pretrain.py, or of os
-        name, left = at
-        module = os if hasattr(os, name) else pretrain
-        real = getattr(module, name)
-
-        def deadly(*a: object, **k: object) -> object:
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*a, **k)
-
-        setattr(module, name, deadly)
+    if trouble:
+        trouble()
     sys.exit(pretrain.run())
 
 
-def fork(*arguments: object, at: tuple[str, int] | None = None) -> int:
-    process = FORKED.Process(target=child, args=([*map(str, arguments)], at))
+def fork(errors: Path, trouble: partial | None, *arguments: object) -> tuple[int, str]:
+    """pretrain.py in a process of its own that meets `trouble`: status and stderr."""
+    given = [*map(str, arguments)], str(errors), trouble
+    process = FORKED.Process(target=child, args=given)
     process.start()
     process.join()
-    return process.exitcode
+    return process.exitcode, errors.read_text()
 
 
 # The first save comes after step 4, between log lines. Before it config.json, log.jsonl, views.png
@@ -531,7 +573,8 @@ def test_resume_after_sigkill_is_bit_identical(
     out = tmp_path / "killed"
     common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--checkpoint-every", "4",
               "--out", out]  # fmt: skip
-    assert fork(*common, at=(function, call)) == -signal.SIGKILL
+    status, _ = fork(tmp_path / "errors", partial(die_in, function, call), *common)
+    assert status == -signal.SIGKILL
     said = trained("--resume", "--out", out)
     assert (f"resumed at step {resumed_at} of 12" if resumed_at else "from the start") in said
     assert not list(out.glob(".*.part"))
@@ -542,16 +585,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished, archive, tmp_path):
     out = tmp_path / "full"
     trained("--mode", "single", "--root", archive, *SMALL, *REST, "--out", out, "--max-steps", 5)
     before = (out / "checkpoint.pt").read_bytes()
-    # A process may write no file larger than 60 MB, as a checkpoint is: what a full disk does.
-    limited = (
-        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({60 << 20}, {60 << 20}));"
-        f"sys.argv = ['pretrain.py', '--resume', '--out', {str(out)!r}];"
-        f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')"
-    )
-    full = subprocess.run([sys.executable, "-c", limited], env=ENV, capture_output=True, text=True)
-    assert full.returncode == 1 and full.stderr.count("\n") == 1, full.stderr
-    assert f"cannot save {out}" in full.stderr and "--resume" in full.stderr
+    trouble = partial(disk_is_full, 60 << 20)  # a checkpoint is larger
+    status, said = fork(tmp_path / "errors", trouble, "--resume", "--out", out)
+    assert status == 1 and said.count("\n") == 1, said
+    assert f"cannot save {out}" in said and "--resume" in said
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob(".*.part"))
     trained("--resume", "--out", out)
     same_run(out, finished)
@@ -577,10 +614,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(archive, tmp_pat
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(archive, tmp_path):
-    line = " ".join(command("--mode=single", "--root", archive, *SMALL, *REST, "--out", tmp_path))
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | head -1"], env=ENV,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and done.stderr == "" and log_of(tmp_path)[-1]["step"] == 12
+    out = tmp_path / "run"
+    common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--out", out]
+    assert fork(tmp_path / "errors", partial(reader_goes_away), *common) == (0, "")
+    assert log_of(out)[-1]["step"] == 12
 
 
 def test_resume_takes_all_settings_and_refuses_others_by_name(finished, archive):
