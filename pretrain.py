@@ -1095,6 +1095,7 @@ def main() -> int:
         cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
         if line:
             total, spread, cosine, replaced = sums.tolist()  # waits for the device
+            now = time.monotonic()
             if not math.isfinite(total):
                 diverged(out, step)
             speed = min(count, step - began_at) * args.batch_size / (now - since)

@@ -1,7 +1,8 @@
 #!/bin/sh
 # The runs behind tests/PROOF.md: `make proof`, or tests/proof.sh PYTHON. Hours on 2 cores; stopped at any
 # moment, it goes on where it was: a finished run or result says so and ends.
-# DATA holds sar_rgb_pairs, bigearthnet, eurosat_rgb, eurosat and resisc45 (sources: PROOF.md).
+# DATA holds sar_rgb_pairs, s1s2_scenes, flood_pairs, bigearthnet, eurosat_rgb, eurosat and resisc45
+# (sources: PROOF.md). Says at each part what time it is.
 set -eu
 PYTHON=${1:-python}
 DATA=${DATA:-../shared/data}
@@ -10,6 +11,10 @@ RESULTS=results/proof
 BIGEARTHNET="$DATA/bigearthnet/tiles.csv --s2-bands B02,B03,B04,B08 --s1-bands VV,VH"
 GENTLE="--lr 0.03 --tau 0.99"
 PLAIN="--blur 0,0 --erase 0"
+
+say() {
+    echo "== $(date '+%d %b %H:%M'): $*"
+}
 
 pretrain() { # name, then flags
     name=$1
@@ -70,6 +75,44 @@ on_eurosat() {
 on_eurosat eurosat --epochs 15
 for seed in 0 1; do
     on_eurosat "eurosat-plain-seed$seed" --epochs 35 $PLAIN --crop-area 0.3 --seed $seed
+done
+
+# Varied places: 2,864 pairs of four archives, as 8-bit TIFFs of three bands and one. Band names are
+# by decree: what is grey is repeated, VH is what each archive has of radar.
+say "varied places"
+mkdir -p "$RUNS/varied"
+[ -e "$RUNS/varied/pairs.csv" ] || $PYTHON - "$DATA" "$RUNS/varied" <<'END'
+import csv, pathlib, sys, numpy, tifffile, PIL.Image
+data, out = map(pathlib.Path, sys.argv[1:])
+def read(path, bands):
+    if path.suffix == ".jpg":
+        photo = PIL.Image.open(path).convert("RGB" if bands == 3 else "L")
+        return numpy.atleast_3d(numpy.asarray(photo)).transpose(2, 0, 1)
+    x = tifffile.imread(path)
+    if path.parts[-3] == "bigearthnet":  # VH in dB; Red, Green, Blue of Blue, Green, Red, NIR
+        x = (x[1:2] + 30) * 8 if bands == 1 else x[[2, 1, 0]] / 3000 * 255
+        return x.clip(0, 255).astype(numpy.uint8)
+    x = numpy.atleast_3d(x)
+    return x if x.shape[0] == bands else x.transpose(2, 0, 1)
+rows = ["s1,s2"]
+for folder in ("sar_rgb_pairs", "s1s2_scenes", "flood_pairs", "bigearthnet"):
+    table = data / folder / ("tiles.csv" if folder == "bigearthnet" else "pairs.csv")
+    for i, row in enumerate(csv.DictReader(open(table))):
+        names = [f"{folder}_{i:04d}_{sensor}.tif" for sensor in ("s1", "s2")]
+        for name, sensor, bands in zip(names, ("s1", "s2"), (1, 3)):
+            x = read(data / folder / row[sensor], bands)
+            tifffile.imwrite(out / name, numpy.ascontiguousarray(x), planarconfig="separate",
+                             photometric="minisblack")
+        rows.append(",".join(names))
+(out / "pairs.csv").write_text("\n".join(rows) + "\n")
+END
+on_varied() { # 89 steps an epoch, cycles of 10, 20 and 40 epochs
+    pretrain "$@" --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH \
+        --recipe small --epochs 30
+}
+for seed in 0 1 2; do
+    on_varied "varied-seed$seed" --seed $seed --negatives 0
+    on_varied "negatives-seed$seed" --seed $seed --negatives 0.2
 done
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
