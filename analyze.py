@@ -25,7 +25,8 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -132,14 +133,14 @@ def clean(value: object) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def guarded(faults: list[str], what: str, do: Callable, *args: Any) -> Any:
-    """do(*args); where a stranger's file makes it fail, None and a line in `faults`."""
+@contextmanager
+def surviving(faults: list[str], what: str) -> Iterator[None]:
+    """Whatever an odd input leads to inside becomes a line in `faults`: it costs no report."""
     try:
-        return do(*args)
-    except Exception as error:  # whatever an odd input leads to, it never costs the report
+        yield
+    except Exception as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
         faults.append(f"{what}: {type(error).__name__}: {said}")
-        return None
 
 
 def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
@@ -910,15 +911,16 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def draw_tsne(files: list[Path], faults: list[str]):
     """t-SNE of embeddings, a panel for each file, classes named at the medians of their points."""
-    read = {path.stem: guarded(faults, f"{path}: no embeddings", read_embeddings, path)
-            for path in files}  # fmt: skip
-    panels = {title: embeddings for title, embeddings in read.items() if embeddings}
+    panels = []
+    for path in files:
+        with surviving(faults, f"{path}: no embeddings"):
+            panels.append((path.stem, *read_embeddings(path)))
     if not panels:
         return None
     from sklearn.manifold import TSNE  # two seconds, for this figure only
 
     figure, axes = new_figure(3.4 * len(panels), 3.6, columns=len(panels))
-    for axis, (title, (features, labels, names)) in zip(axes, panels.items(), strict=True):
+    for axis, (title, features, labels, names) in zip(axes, panels, strict=True):
         tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
         points = tsne.fit_transform(features)
         for index, c in enumerate(np.unique(labels).tolist()):
@@ -1004,24 +1006,6 @@ def html_tables(table: Table) -> str:
             "</p></details>\n")  # fmt: skip
 
 
-def html_image(text: str, path: Path) -> str:
-    kind = "svg+xml" if path.suffix == ".svg" else "png"
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><img src="data:image/{kind};base64,{data}" alt="{escape(text)}">'
-            f"<figcaption>{escape(text)}</figcaption></figure>\n")  # fmt: skip
-
-
-def html_figure(stem: Path, text: str, draw: Callable, *args: Any) -> str:
-    """Save what draw(*args) returns as PNG and SVG, and embed it; "" where it is None."""
-    if (figure := draw(*args)) is None:
-        return ""
-    figure.get_layout_engine().execute(figure)  # once for both: half of the time
-    figure.set_layout_engine(None)
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    return html_image(text, stem.with_suffix(".svg"))
-
-
 @dataclass
 class Pictures:
     """The pictures of a report as HTML, one by one: what fails is named and left out."""
@@ -1030,12 +1014,24 @@ class Pictures:
     faults: list[str]
 
     def figure(self, name: str, text: str, draw: Callable, *args: Any) -> str:
+        """Save what draw(*args) returns as PNG and SVG, and embed it; "" where it is None."""
         stem = self.out / re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        about = f"figure {stem.name}"
-        return guarded(self.faults, about, html_figure, stem, text, draw, *args) or ""
+        with surviving(self.faults, f"figure {stem.name}"):
+            if figure := draw(*args):
+                figure.get_layout_engine().execute(figure)  # once for both: half of the time
+                figure.set_layout_engine(None)
+                figure.savefig(stem.with_suffix(".png"), dpi=150)
+                figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+                return self.sheet(text, stem.with_suffix(".svg"))
+        return ""
 
     def sheet(self, text: str, path: Path) -> str:
-        return guarded(self.faults, str(path), html_image, text, path) or ""
+        with surviving(self.faults, str(path)):
+            kind = "svg+xml" if path.suffix == ".svg" else "png"
+            data = base64.b64encode(path.read_bytes()).decode()
+            return (f'<figure><img src="data:image/{kind};base64,{data}" alt="{escape(text)}">'
+                    f"<figcaption>{escape(text)}</figcaption></figure>\n")  # fmt: skip
+        return ""
 
     def examples(self, tables: list[Table], ending: str) -> str:
         """What lies beside the results as NAME-ending.png: one a row, four at most."""
@@ -1104,8 +1100,10 @@ def html_page(sections: list[list[Table]], runs: list[Run], embeddings: list[Pat
 
 def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[str]) -> list:
     """What can be read. Synthetic data, such as the demo's, never stand beside real ones."""
-    found = [guarded(faults, str(path), kind, path) for path in sorted(files)]
-    found = [thing for thing in found if thing]
+    found = []
+    for path in sorted(files):
+        with surviving(faults, str(path)):
+            found.append(kind(path))
     real = [thing for thing in found if not thing.synthetic]
     if real and len(real) < len(found):
         said.append(f"{len(found) - len(real)} of {len(found)} {kind.__name__.lower()}s are "
