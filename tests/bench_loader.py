@@ -2,6 +2,7 @@
 
     python tests/bench_loader.py                  # about 3 minutes; what `make bench` runs
     python tests/bench_loader.py --quick          # under a minute: fewer rounds, wide intervals
+    TMPDIR=/mnt/disk python tests/bench_loader.py # on that disk
 
 Each round runs every method once, in shuffled order, on files of its own: a pool larger than the
 L3 cache is walked as a ring. Ratios are taken round by round; tables show their median and a 95 %
@@ -30,12 +31,9 @@ from typing import NamedTuple
 import bandcrop
 import numpy as np
 import tifffile
-import torch
-import torch.nn.functional as F
 from bandcrop.repack import repack
 from bench_report import hardware, median, show, table
 from numpy.typing import NDArray
-from torch import Tensor
 
 BATCH = 32  # samples a fill
 VIEW = 224  # pixels, side of a view
@@ -224,23 +222,23 @@ def limit(library: ctypes.CDLL, draw: Draw, out: NDArray | None) -> Callable[[],
     return run
 
 
-def by_rasterio(draw: Draw, use: Callable[[int, NDArray], None]) -> None:
+def by_rasterio(draw: Draw, out: NDArray) -> None:
     import rasterio
 
     with rasterio.Env(**TUNED):
-        for i, (path, band, (t, x, h, w)) in enumerate(draw.calls()):
-            pixels, window = np.empty((h, w), np.float32), rasterio.windows.Window(x, t, w, h)
+        for (pixels,), (path, band, (t, x, h, w)) in zip(out, draw.calls(), strict=True):
+            window = rasterio.windows.Window(x, t, w, h)
             with rasterio.open(path, driver="GTiff", sharing=False) as file:
-                use(i, file.read(band + 1, window=window, out=pixels))
+                file.read(band + 1, window=window, out=pixels)
 
 
-def by_imagecodecs(draw: Draw, use: Callable[[int, NDArray], None]) -> None:
+def by_imagecodecs(draw: Draw, out: NDArray) -> None:
     import imagecodecs
 
-    for i, (path, band, (t, x, h, w)) in enumerate(draw.calls()):
-        pixels = imagecodecs.tiff_decode(Path(path).read_bytes())
-        plane = pixels[..., band] if draw.pool.layout.planar == "contig" else pixels[band]
-        use(i, plane[t : t + h, x : x + w].astype(np.float32))
+    for (pixels,), (path, band, (t, x, h, w)) in zip(out, draw.calls(), strict=True):
+        tile = imagecodecs.tiff_decode(Path(path).read_bytes())
+        plane = tile[..., band] if draw.pool.layout.planar == "contig" else tile[band]
+        pixels[:] = plane[t : t + h, x : x + w]
 
 
 PEERS = {"imagecodecs": by_imagecodecs, "rasterio": by_rasterio}  # the two fastest of six
@@ -285,8 +283,7 @@ def read_layout(
     side, reader = pool.tiles[0].shape[1], bandcrop.Reader(1)
     space = np.ones(BATCH * side * side, np.float32)
     methods: dict[str, Callable] = {
-        name: lambda draw, out, peer=peer: partial(peer, draw, out[:, 0].__setitem__)
-        for name, peer in PEERS.items()
+        name: lambda draw, out, peer=peer: partial(peer, draw, out) for name, peer in PEERS.items()
     }
     methods["bandcrop"] = lambda draw, out: partial(reader.fill, out, **fill_arguments(draw))
     if pool.layout.codec is None:
@@ -338,24 +335,12 @@ files. Windows have BYOL's areas (0.08 to 1) and ratios, one size a round."""
 # Pairs, from an archive as it is and repacked
 
 
-def fill_pairs(reader: bandcrop.Reader, draws: list[Draw], views: Tensor) -> int:
+def fill_pairs(reader: bandcrop.Reader, draws: list[Draw], views: NDArray) -> int:
     """views [2, N, 1, 224, 224]; returns the bytes of pixels that were read."""
     tickets = [
         reader.submit(view, **fill_arguments(draw)) for view, draw in zip(views, draws, strict=True)
     ]
     return sum(ticket.wait().bytes_read for ticket in tickets)
-
-
-def peer_pairs(peer: Callable, draws: list[Draw], views: Tensor) -> int:
-    """The usual loop: read a crop, resize it, next."""
-    for view, draw in zip(views, draws, strict=True):
-
-        def resize(i: int, pixels: NDArray, view: Tensor = view) -> None:
-            whole = torch.from_numpy(pixels)[None, None]
-            view[i] = F.interpolate(whole, (VIEW, VIEW), mode="bicubic", antialias=True)[0]
-
-        peer(draw, resize)
-    return 0
 
 
 def prepare(path: str, cold: bool) -> None:
@@ -373,7 +358,7 @@ def bytes_from_disk() -> int:
 
 
 def bench_pairs(folder: Path, rng: np.random.Generator, share: float) -> None:
-    views, asked, disk = torch.ones(2, BATCH, 1, VIEW, VIEW), {}, {}
+    views, asked, disk = np.ones((2, BATCH, 1, VIEW, VIEW), np.float32), {}, {}
     pools, repacked = [], []
     for layout in LAYOUTS[:2]:
         place = Path(tempfile.mkdtemp(dir=folder))
@@ -382,33 +367,30 @@ def bench_pairs(folder: Path, rng: np.random.Generator, share: float) -> None:
         for path, new in zip(pools[-1].paths, there, strict=True):
             repack(Path(path), new, None)
         repacked.append(pools[-1]._replace(paths=[*map(str, there)]))
-    one, two = (partial(fill_pairs, bandcrop.Reader(n)) for n in (1, 2))
-    peers = {f"{name} + F.interpolate": (partial(peer_pairs, peer), pools, False)
-             for name, peer in PEERS.items()}  # fmt: skip
-    methods = {"bandcrop, 1 thread": (one, pools, False)} | peers | {
-        "bandcrop, 2 threads": (two, pools, False),
-        "2 threads, repacked": (two, repacked, False),
-        "2 threads, cold": (two, pools, True),
-        "2 threads, cold, repacked": (two, repacked, True),
-    }  # fmt: skip
+    methods = {  # threads, archive, cold
+        "1 thread": (1, pools, False),
+        "2 threads": (2, pools, False),
+        "2 threads, repacked": (2, repacked, False),
+        "2 threads, cold": (2, pools, True),
+        "2 threads, cold, repacked": (2, repacked, True),
+    }
+    readers = {threads: bandcrop.Reader(threads) for threads in (1, 2)}
 
     def run(number: int, name: str) -> float:
-        fill, archive, cold = methods[name]
-        count = 8 if name in peers else BATCH
-        draws = [draw_crops(pool, rng, count) for pool in archive]
+        threads, archive, cold = methods[name]
+        draws = [draw_crops(pool, rng, BATCH) for pool in archive]
         for path in draws[0].paths + draws[1].paths:
             prepare(path, cold)
         before, read = bytes_from_disk(), []
-        seconds = clock(lambda: read.append(fill(draws, views[:, :count])), count)
-        asked.setdefault(name, []).append(read[0] / count / 1e3)
-        disk.setdefault(name, []).append((bytes_from_disk() - before) / count / 1e3)
+        seconds = clock(lambda: read.append(fill_pairs(readers[threads], draws, views)), BATCH)
+        asked.setdefault(name, []).append(read[0] / BATCH / 1e3)
+        disk.setdefault(name, []).append((bytes_from_disk() - before) / BATCH / 1e3)
         return seconds
 
     times = measure(rng, 30 * share, {name: partial(run, name=name) for name in methods})
     rows = []
     for name, seconds in times.items():
-        other = name.removesuffix(", repacked") if "repacked" in name else "bandcrop, 1 thread"
-        other = other if other in times else "bandcrop, 2 threads"
+        other = name.removesuffix(", repacked") if "repacked" in name else "1 thread"
         pairs, faster = f"{1 / np.median(seconds):.0f}", show(median(times[other] / seconds))
         kilobytes = [f"{np.mean(values[name]):.0f}" for values in (asked, disk)]
         rows.append([name, pairs, f"{faster} ({other})", *kilobytes])
@@ -424,14 +406,12 @@ disk's bytes are the kernel's count, read-ahead included. A host below may have 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer files and rounds")
-    parser.add_argument("--folder", help="a disk to measure on (the temporary folder)")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)
     rng, share, load = np.random.default_rng(0), 0.06 if args.quick else 1.0, os.getloadavg()[0]
     print(f"Measured {time.strftime('%Y-%m-%d %H:%M')} on {hardware()}; load {load:.1f} before.")
     print("Times: medians; ratios: median [95 % interval] over the rounds.", flush=True)
-    with tempfile.TemporaryDirectory(prefix="bench_loader.", dir=args.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench_loader.") as folder:
         bench_read(Path(folder), rng, share)
         bench_pairs(Path(folder), rng, share)
     print(f"\nLoad {os.getloadavg()[0]:.1f} at the end.")
