@@ -205,6 +205,11 @@ class Result:
         self.usage: tuple[str, ...] = ()  # the part of it that says how the weights were used
         self.judged = True  # False: an earlier epoch of a pre-training; see judge_last
 
+    def setting(self, key: str) -> str:
+        """One of config in a word; "" where it does not apply."""
+        text = "" if (key, self.name) == ("bn", "scratch") else clean(self.config.get(key))
+        return text if len(text) <= 24 else sha256(text.encode()).hexdigest()[:8]
+
 
 LOGGED = {  # in log.jsonl: how the figure names it
     "loss": "loss", "cosine": "cosine of positives", "std": "std of the projection",
@@ -236,31 +241,28 @@ def groups(results: Iterable[Result], *fields: str) -> dict[tuple, list[Result]]
     return found
 
 
-def label_rows(results: list[Result], faults: list[str]) -> list[Result]:
-    """Set `label` of one section's results: the name, and what tells rows of one name apart.
-
-    Returns them without second copies of a run: equal in all that determines it, which `identity`
-    digests; where a file has none, in every setting.
-    """
+def label_rows(results: list[Result]) -> None:
+    """Set `label` of one section's results: the name, and what tells rows of one name apart."""
     places = {r.file: r.place for r in results if r.file}
-    frozen = {clean(r.config.get("bn")) for r in results if r.name != "scratch"} - {""}
+    frozen = {r.setting("bn") for r in results} - {""}
     for alike in groups(results, "name", "channels").values():
         apart = {"bn"} if len(frozen) > 1 else set()
         for key in {key for r in alike for key in r.config} - NOT_SETTINGS:
             for same in groups(alike, "bands").values() if key == "places" else [alike]:
-                if len({clean(r.config.get(key)) for r in same}) > 1:
+                if len({r.setting(key) for r in same}) > 1:
                     apart.add(key)
         for r in alike:
-            usage = [(key, clean(r.config.get(key))) for key in sorted(apart)]
-            r.usage = tuple(
-                f"{key} {value if len(value) <= 24 else sha256(value.encode()).hexdigest()[:8]}"
-                for key, value in usage if value and not (key == "bn" and r.name == "scratch")
-            )  # fmt: skip
+            r.usage = tuple(f"{key} {r.setting(key)}" for key in sorted(apart) if r.setting(key))
             r.usage += ("synthetic tiles",) * (r.config.get("encoder_synthetic") is True)
             place = [places[r.file]] if r.file and len({s.file for s in alike}) > 1 else []
             if place and list(places.values()).count(*place) > 1:  # two folders of one name
                 place = [r.file[:8]]
             r.label = named(r.name, [*place, *r.usage])
+
+
+def without_copies(results: list[Result], faults: list[str]) -> list[Result]:
+    """Drop second copies of a run: equal in all that determines it, which `identity` digests;
+    where a file has none, in every setting. Others of one label get the file's name into it."""
     kept = []
     for found in groups(results, *TABLE, "label", "bands", "seed").values():
         runs: dict[str, Result] = {}
@@ -268,7 +270,7 @@ def label_rows(results: list[Result], faults: list[str]) -> list[Result]:
             same = runs.setdefault(clean(r.config.get("identity") or r.config), r)
             if same is not r:
                 faults.append(f"{r.path}: the same run as {same.path}, which is kept")
-            elif len(runs) > 1:  # no setting in sight tells them apart
+            elif len(runs) > 1:
                 r.label = named(r.label, [f"file {clean(r.path.stem)}"])
         kept += runs.values()
     return kept
@@ -546,7 +548,8 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
     sections: list[list[Table]] = []
     number = itertools.count(1)
     for title, section in sorted(titled, key=lambda t: (t[1][0].stage, t[1][0].dataset, t[0])):
-        kept = label_rows(section, faults)
+        label_rows(section)
+        kept = without_copies(section, faults)
         judge_last(kept)
         sections.append([])
         by_table = groups(kept, *TABLE)
