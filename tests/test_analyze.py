@@ -973,6 +973,8 @@ def test_f1_is_drawn_against_the_length_of_pre_training(tree):
                       for p in folder.glob(f"plain1-encoder-epoch00{epoch}-*")])
              for epoch in (10, 30, 70)]  # fmt: skip
     assert any(list(c.get_ydata()) == pytest.approx(means) for c in curves)
+    levels = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2]
+    assert levels == [[10, 70]] * 2 and len(axis.collections) == 1
     shown = {text.get_text() for text in axis.figure.legends[0].get_texts()}
     assert {"random", "stats"} < shown
     assert list(tables[0].recipes) == ["RS-BYOL-1 (3 pre-trainings)"]
