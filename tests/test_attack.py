@@ -178,13 +178,13 @@ def links_libdeflate():
 # --- truncated files ---------------------------------------------------------------------------
 
 
-def check_every_truncation(path, work):
-    """At every length: a TileError or the exact pixels. Returns how many lengths gave pixels."""
+def check_truncations(path, work, step=1):
+    """At each length: a TileError or the exact pixels. Returns how many lengths gave pixels."""
     exact = samples_by_tifffile(path)
     shutil.copyfile(path, work)
     whole = work.stat().st_size
     good = 0
-    for length in range(whole, -1, -1):
+    for length in range(whole, -1, -step):
         os.truncate(work, length)
         try:
             got = bandcrop.read(str(work))
@@ -212,13 +212,13 @@ def test_every_truncation_of_a_real_file_is_refused_or_exact(tmp_path, name):
         pytest.skip(f"real data (../shared/data/{name}) not here")
     if bandcrop.info(str(path)).compression not in bandcrop.codecs():
         pytest.skip(f"this build has no {bandcrop.info(str(path)).compression}")
-    assert check_every_truncation(path, tmp_path / "cut.tif") >= 1
+    assert check_truncations(path, tmp_path / "cut.tif") >= 1
 
 
-def test_every_truncation_of_a_file_of_each_layout_is_refused_or_exact(tmp_path):
+def test_truncations_of_a_file_of_each_layout_are_refused_or_exact(tmp_path):
     for path in write_seeds(tmp_path / "seeds"):
         if bandcrop.info(path).compression in bandcrop.codecs():
-            assert check_every_truncation(path, tmp_path / "cut.tif") >= 1
+            assert check_truncations(path, tmp_path / "cut.tif", step=3) >= 1
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused_or_exact(tmp_path):
