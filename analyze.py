@@ -967,6 +967,7 @@ h2{font-size:1.15rem;margin-top:2.5rem;border-top:1px solid #8885;padding-top:1r
 .scroll{overflow-x:auto;margin:.5rem 0}table{border-collapse:collapse;font-size:.8rem}
 th,td{padding:.25rem .4rem;text-align:left;border-bottom:1px solid #8885;vertical-align:top}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+td{overflow-wrap:break-word}
 thead th{border-bottom-width:2px;overflow-wrap:normal}th[scope=row]{font-weight:500;min-width:7rem}
 small,figcaption,.note{font-size:.8rem;opacity:.8}figure{margin:1.5rem 0}
 figure img{background:#fff;display:block;max-width:100%;height:auto}
@@ -999,7 +1000,7 @@ def html_tables(table: Table) -> str:
             f"<p class=note>{escape(notes(table))}</p>\n")  # fmt: skip
     if not table.tests:
         return text
-    shown = "metric a b method n difference low_holm high_holm t df p p_holm d effect note".split()
+    shown = "metric a b method note n difference low_holm high_holm t df p p_holm d effect".split()
     rows = [[escape(fixed(value, ".3g") if isinstance(value, float) else value)
              for value in map(vars(test).get, shown)] for test in table.tests]  # fmt: skip
     return (f"{text}<details><summary>Tests</summary>{html_table(shown, rows, 10)}<p class=note>"
