@@ -17,7 +17,6 @@ left out; the exit status is then 1.
 import argparse
 import base64
 import csv
-import hashlib
 import html
 import io
 import itertools
@@ -26,8 +25,10 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -42,7 +43,6 @@ from scipy import stats
 ALPHA = 0.05
 DASH = "–"
 SHOWN = {"probe": {"f1_macro": "F1"}, "segment": {"miou": "mIoU", "aa": "AA"}}
-PER_CLASS = {"probe": "f1_per_class", "segment": "iou_per_class"}
 # Results that differ in a field of SECTION never meet; TABLE sets apart the tables of a section.
 SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "classes", "head")
 TABLE = ("channels", "train_images")
@@ -58,12 +58,11 @@ DATASETS = {
     "eurosat": "EuroSAT", "eurosat-rgb": "EuroSAT RGB (JPEG)", "sen12ms": "SEN12MS",
     "resisc45": "RESISC45", "dfc2020": "DFC2020",
 }  # fmt: skip
-WEIGHTS = {  # how a result may name what is not ours: how the tables name it, in their order
-    "random": "random", "random init": "random", "stats": "stats", "scratch": "scratch",
-    "scratch supervised": "scratch", "imagenet": "ImageNet supervised",
-    "imagenet-v2": "ImageNet supervised V2", "coco": "MS-COCO DeepLabV3",
-    "byol-imagenet": "BYOL ImageNet", "seco": "SeCo",
-}  # fmt: skip
+SHORT_NAMES = {"Random init": "random", "Scratch supervised": "scratch"}
+OTHERS = [  # weights that are not ours, in the tables' order
+    "random", "stats", "scratch", "ImageNet supervised", "ImageNet supervised V2",
+    "MS-COCO DeepLabV3", "BYOL ImageNet", "SeCo",
+]  # fmt: skip
 DRAWN = ("random", "scratch")  # new weights for each seed
 
 # ---------------------------------------------------------------------------- the paper
@@ -87,11 +86,12 @@ PAPER_I = {
 }  # fmt: skip
 # Table II: classification F1, three channels. The header of a last column is lost in our copy of
 # the paper, so that column is left out. Columns: (data set, subset, bands).
+WHOLE = "whole data set"
 PAPER_II_COLUMNS = [
-    ("eurosat", 7000, "RGB"), ("eurosat", 7000, "RE5,6,7"),
-    ("eurosat", None, "RGB"), ("eurosat", None, "RE5,6,7"),
-    ("sen12ms", 5000, "RGB"), ("sen12ms", 5000, "RE5,6,7"), ("sen12ms", 5000, "SAR1,2,1"),
-    ("resisc45", None, "RGB"),
+    ("eurosat", "subset 7000", "RGB"), ("eurosat", "subset 7000", "RE5,6,7"),
+    ("eurosat", WHOLE, "RGB"), ("eurosat", WHOLE, "RE5,6,7"),
+    ("sen12ms", "subset 5000", "RGB"), ("sen12ms", "subset 5000", "RE5,6,7"),
+    ("sen12ms", "subset 5000", "SAR1,2,1"), ("resisc45", WHOLE, "RGB"),
 ]  # fmt: skip
 PAPER_II = {
     "scratch": "0.80 0.86 0.92 0.91 0.66 0.69 0.52 0.91",
@@ -108,7 +108,10 @@ PAPER_III = {
     ("RS-BYOL-3 S1S2", "miou"): "51.6 51.3 51.6", ("RS-BYOL-3 S1S2", "aa"): "66.9 65.8 65.5",
     ("SeCo", "miou"): "50.2 50.5 45.0", ("SeCo", "aa"): "64.8 64.8 60.9",
 }  # fmt: skip
-PAPER_TABLES = {("segment", 1): "I", ("probe", 3): "II", ("segment", 3): "III"}  # stage, channels
+PAPER_TABLES = {  # stage, channels
+    ("segment", 1): " (as the paper's Table I)", ("probe", 3): " (as the paper's Table II)",
+    ("segment", 3): " (as the paper's Table III)",
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------- reading
 
@@ -130,14 +133,14 @@ def clean(value: object) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def guarded(faults: list[str], what: str, do: Callable, *args: Any) -> Any:
-    """do(*args); where a stranger's file makes it fail, None and a line in `faults`."""
+@contextmanager
+def surviving(faults: list[str], what: str) -> Iterator[None]:
+    """Whatever an odd input leads to inside becomes a line in `faults`: it costs no report."""
     try:
-        return do(*args)
-    except Exception as error:  # whatever an odd input leads to, it never costs the report
+        yield
+    except Exception as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
         faults.append(f"{what}: {type(error).__name__}: {said}")
-        return None
 
 
 def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
@@ -151,17 +154,13 @@ def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
 
 
 def share(value: float) -> float:
-    """A number from 0 to 1, or ValueError."""
     if not 0 <= value <= 1:
         raise ValueError(f"{value} is no number from 0 to 1")
     return float(value)
 
 
 class Result:
-    """One file of probe.py or segment.py, flat; a file that is none raises whatever it leads to.
-
-    Words are fit to show; see `clean`.
-    """
+    """One file of probe.py or segment.py, flat, its words `clean`; what is none raises."""
 
     def __init__(self, path: Path) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -176,8 +175,8 @@ class Result:
 
         self.path, self.config, self.stage = path, config, stage
         self.dataset, self.split = clean(saved["dataset"]), clean(saved["split"])
-        whole = saved.get("subset") is None
-        self.subset = "whole data set" if whole else f"subset {int(saved['subset'])}"
+        subset = saved.get("subset")
+        self.subset = WHOLE if subset is None else f"subset {int(subset)}"
         self.train_images = None if labels is None else int(labels)  # None: not limited
         self.size, self.head = clean(config.get("size")), clean(config.get("head"))
         self.classes = tuple(map(clean, config["classes"]))
@@ -186,15 +185,17 @@ class Result:
         self.channels, self.seed = len(bands), int(saved["seed"])
         self.bands = TRIPLES.get(tuple(bands), clean("+".join(bands)))  # "RE5", "RGB"
         self.metrics = {key: share(saved["metrics"][key]) for key in SHOWN[stage]}
-        per_class = saved["metrics"].get(PER_CLASS[stage], {})
-        self.per_class = {clean(k): math.nan if v is None else share(v)
-                          for k, v in per_class.items()}  # fmt: skip
+        per_class = saved["metrics"].get("iou_per_class") or {}
+        self.per_class = {clean(k): share(v) for k, v in per_class.items() if v is not None}
         self.overlap = 0.0  # test images for each training image where seeds redraw the split
         if self.split == "random":  # few labels come from the 80 % that are no test images
             self.overlap = 0.25 if labels else config["test"] / config["train"]
 
-        self.name = WEIGHTS.get(name.split(":")[0].strip().lower(), name)
-        self.source = clean(weights.get("source"))
+        self.name = SHORT_NAMES.get(name, name)
+        self.ours = self.name.removesuffix(" fine-tuned") not in OTHERS
+        source = Path(clean(weights.get("source")))  # in short: "run", "run/encoder-epoch0070"
+        parts = (source.parent.name, source.stem)
+        self.place = "/".join(part for part in parts if part not in ("", "encoder"))
         self.file = "" if self.name in DRAWN else clean(weights.get("sha256"))
         self.finetuned = config.get("finetune") is True
         self.recipe = recipe_of(about)
@@ -203,6 +204,11 @@ class Result:
         self.label = ""  # of its row in a table; see label_rows
         self.usage: tuple[str, ...] = ()  # the part of it that says how the weights were used
         self.judged = True  # False: an earlier epoch of a pre-training; see judge_last
+
+    def setting(self, key: str) -> str:
+        """One of config in a word; "" where it does not apply."""
+        text = "" if (key, self.name) == ("bn", "scratch") else clean(self.config.get(key))
+        return text if len(text) <= 24 else sha256(text.encode()).hexdigest()[:8]
 
 
 LOGGED = {  # in log.jsonl: how the figure names it
@@ -235,50 +241,39 @@ def groups(results: Iterable[Result], *fields: str) -> dict[tuple, list[Result]]
     return found
 
 
-def without_copies(results: list[Result], faults: list[str]) -> list[Result]:
-    """Drop second copies of a run: equal in all that determines it, which `identity` digests; where
-    a file has none, in every setting."""
-    kept: dict[tuple, Result] = {}
-    for place, found in groups(results, *SECTION, *TABLE, "name", "file", "bands", "seed").items():
-        for r in found:
-            same = (r.config.get("identity") or json.dumps(r.config, sort_keys=True), *place)
-            if kept.setdefault(same, r) is not r:
-                faults.append(f"{r.path}: the same run as {kept[same].path}, which is kept")
-    return list(kept.values())
-
-
 def label_rows(results: list[Result]) -> None:
     """Set `label` of one section's results: the name, and what tells rows of one name apart."""
-    places = {r.file: file_of(r.source) for r in results if r.file}
-    frozen = {clean(r.config.get("bn")) for r in results if r.name != "scratch"} - {""}
+    places = {r.file: r.place for r in results if r.file}
+    frozen = {r.setting("bn") for r in results} - {""}
     for alike in groups(results, "name", "channels").values():
         apart = {"bn"} if len(frozen) > 1 else set()
         for key in {key for r in alike for key in r.config} - NOT_SETTINGS:
             for same in groups(alike, "bands").values() if key == "places" else [alike]:
-                if len({clean(r.config.get(key)) for r in same}) > 1:
+                if len({r.setting(key) for r in same}) > 1:
                     apart.add(key)
         for r in alike:
-            usage = [(key, clean(r.config.get(key))) for key in sorted(apart)]
-            r.usage = tuple(f"{key} {short_value(value)}" for key, value in usage
-                            if value and not (key == "bn" and r.name == "scratch"))  # fmt: skip
+            r.usage = tuple(f"{key} {r.setting(key)}" for key in sorted(apart) if r.setting(key))
             r.usage += ("synthetic tiles",) * (r.config.get("encoder_synthetic") is True)
             place = [places[r.file]] if r.file and len({s.file for s in alike}) > 1 else []
             if place and list(places.values()).count(*place) > 1:  # two folders of one name
                 place = [r.file[:8]]
             r.label = named(r.name, [*place, *r.usage])
+
+
+def without_copies(results: list[Result], faults: list[str]) -> list[Result]:
+    """Drop second copies of a run: equal in all that determines it, which `identity` digests;
+    where a file has none, in every setting. Others of one label get the file's name into it."""
+    kept = []
     for found in groups(results, *TABLE, "label", "bands", "seed").values():
-        for r in found[1:]:  # no setting in sight tells them apart
-            r.label = named(r.label, [f"file {clean(r.path.stem)}"])
-
-
-def file_of(source: str) -> str:
-    """The file of weights in short: "plain-seed0", "plain-seed0/encoder-epoch0070"."""
-    file = Path(source)
-    return "/".join(part for part in (file.parent.name, file.stem) if part not in ("", "encoder"))
-
-
-def short_value(text: str) -> str:
-    return text if len(text) <= 24 else hashlib.sha256(text.encode()).hexdigest()[:8]
+        runs: dict[str, Result] = {}
+        for r in found:
+            same = runs.setdefault(clean(r.config.get("identity") or r.config), r)
+            if same is not r:
+                faults.append(f"{r.path}: the same run as {same.path}, which is kept")
+            elif len(runs) > 1:
+                r.label = named(r.label, [f"file {clean(r.path.stem)}"])
+        kept += runs.values()
+    return kept
 
 
 def named(name: str, details: list[str]) -> str:
@@ -288,7 +283,7 @@ def named(name: str, details: list[str]) -> str:
 def judge_last(results: list[Result]) -> None:
     """Only the latest encoder of each pre-training is compared with others; see `judged`."""
     for (recipe, *_), found in groups(results, "recipe", "pretraining", "usage").items():
-        last = max(found, key=lambda r: (r.epoch, -len(r.source)))  # encoder, not its copy
+        last = max(found, key=lambda r: (r.epoch, -len(r.place)))  # encoder, not its copy
         for r in found:
             r.judged = not recipe or r.file == last.file
 
@@ -343,6 +338,11 @@ class Test:
     note: str = ""  # why it is not tested
 
 
+def half_width(error: float, df: float, alpha: float = ALPHA) -> float:
+    """Of the interval that a t-test of level alpha agrees with."""
+    return float(stats.t.ppf(1 - alpha / 2, df) * error)
+
+
 def summarise(values: np.ndarray, overlap: float = 0.0) -> tuple[float, float]:
     """Mean and half width of its 95 % t-interval, which is NaN for fewer than two values.
 
@@ -353,7 +353,7 @@ def summarise(values: np.ndarray, overlap: float = 0.0) -> tuple[float, float]:
     if len(values) < 2:
         return (float(values[0]) if len(values) else math.nan), math.nan
     error = np.sqrt((1 / len(values) + overlap) * np.var(values, ddof=1))
-    return float(np.mean(values)), float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1) * error)
+    return float(np.mean(values)), half_width(error, len(values) - 1)
 
 
 def decide(test: Test, error: float, df: float, spread: float) -> Test:
@@ -364,7 +364,7 @@ def decide(test: Test, error: float, df: float, spread: float) -> Test:
     test.error, test.df, test.d = float(error), float(df), float(test.difference / spread)
     test.t = test.difference / test.error
     test.p = float(2 * stats.t.sf(abs(test.t), df))
-    half = float(stats.t.ppf(1 - ALPHA / 2, df)) * test.error
+    half = half_width(test.error, df)
     test.low, test.high = test.difference - half, test.difference + half
     return test
 
@@ -406,7 +406,7 @@ def correct(tests: list[Test]) -> None:
             factor = largest / test.p
         largest = factor * test.p
         test.p_holm = min(1.0, largest)
-        half = float(stats.t.ppf(1 - ALPHA / factor / 2, test.df)) * test.error
+        half = half_width(test.error, test.df, ALPHA / factor)
         test.low_holm, test.high_holm = test.difference - half, test.difference + half
 
 
@@ -423,36 +423,32 @@ def matched(values: Values, rows: list[str], bands: list[str]) -> np.ndarray:
     return np.array([[[values[row, band][s] for s in seeds] for band in both] for row in rows])
 
 
-def compare(
-    values: Values, test: Test, a: list[str], b: list[str], bands: list[str],
-    overlap: float = 0.0, drawn: bool = False,
-) -> Test:  # fmt: skip
-    """Fill in a test from what its rows have in common.
+def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[str],
+            overlap: float = 0.0, drawn: bool = False) -> Test:  # fmt: skip
+    """Fill in a test from what its rows have in common; overlap: as in `summarise`.
 
     a, b: one row, or the pre-trainings of a recipe. A recipe is tested against another, or against
     weights drawn anew for each seed, by Welch; against a row that is one thing, such as `stats`, by
-    the differences of its pre-trainings from it. overlap: as in `summarise`.
+    the differences of its pre-trainings from it.
     """
     x = matched(values, a + b, bands)
     test.bands = x.shape[1]
     if not x.size:
         test.note = "no band and seed in common"
         return test
-    if test.kind == "over pre-trainings":
-        test.method = "Welch's t-test over pre-trainings"
-        ours, other = x[: len(a)].mean((1, 2)), x[len(a) :]
-        if len(b) > 1:
-            return welch_test(test, ours, other.mean((1, 2)))
-        if drawn:
-            test.method += " and draws"
-            return welch_test(test, ours, other[0].mean(0))
-        test.method = "t-test over pre-trainings' differences"
-        return paired_test(test, ours, np.full(len(ours), other.mean()))
-    test.method = f"paired t-test {test.kind}"
     if test.kind == "over bands":
+        test.method = "paired t-test over bands"
         return paired_test(test, *x.mean(2))
-    test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
-    return paired_test(test, *x.mean(1), overlap)
+    if test.kind == "over seeds":
+        test.method = "paired t-test over seeds"
+        test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
+        return paired_test(test, *x.mean(1), overlap)
+    ours, other = x[: len(a)].mean((1, 2)), x[len(a) :]
+    if len(b) > 1 or drawn:
+        test.method = "Welch's t-test over pre-trainings" + " and draws" * drawn
+        return welch_test(test, ours, other[0].mean(0) if drawn else other.mean((1, 2)))
+    test.method = "t-test over pre-trainings' differences"
+    return paired_test(test, ours, np.full(len(ours), other.mean()))
 
 
 # ---------------------------------------------------------------------------- tables
@@ -464,18 +460,15 @@ class Table:
     def __init__(self, number: int, title: str, results: list[Result]) -> None:
         self.number, self.title, self.results = number, title, results
         self.stage, self.channels = results[0].stage, results[0].channels
-        like = PAPER_TABLES.get((self.stage, self.channels))
-        like = f" (as the paper's Table {like})" if like else ""
+        like = PAPER_TABLES.get((self.stage, self.channels), "")
         self.caption = f"Table {number}{like}. {title}"
         self.metric = next(iter(SHOWN[self.stage].values()))  # the one of verdicts and figures
-        self.digits = 1 if self.stage == "segment" else 3
+        self.form = ".1f" if self.stage == "segment" else ".3f"
         self.recipes = find_recipes(results)  # row: the rows of its pre-trainings
         names = {r.label: r.name for r in results}
         names |= {row: names[members[0]] for row, members in self.recipes.items()}
-        order = [*WEIGHTS.values(), *sorted(names.values())]
-        self.rows = sorted(names, key=lambda row: (
-            order.index(names[row]), row not in self.recipes, row
-        ))  # fmt: skip
+        order = [*OTHERS, *sorted(names.values())]
+        self.rows = sorted(names, key=lambda r: (order.index(names[r]), r not in self.recipes, r))
         bands = {r.bands for r in results}
         order = [*BANDS, *TRIPLES.values(), *sorted(bands)]
         self.bands = sorted(bands, key=order.index)
@@ -525,12 +518,10 @@ def paper_value(r: Result, metric: str, column: str) -> str:
     """
     if r.synthetic or r.finetuned or r.train_images or r.config.get("encoder_synthetic"):
         return ""
-    if r.stage == "probe":
-        subset = None if r.subset == "whole data set" else int(r.subset.split()[-1])
-        place = (r.dataset, subset, column)
-        if r.name in PAPER_II and place in PAPER_II_COLUMNS:
-            return PAPER_II[r.name].split()[PAPER_II_COLUMNS.index(place)]
-    elif r.dataset == "dfc2020" and len(r.classes) == 8:
+    place = (r.dataset, r.subset, column)
+    if r.stage == "probe" and r.name in PAPER_II and place in PAPER_II_COLUMNS:
+        return PAPER_II[r.name].split()[PAPER_II_COLUMNS.index(place)]
+    if r.stage == "segment" and r.dataset == "dfc2020" and len(r.classes) == 8:
         for paper, columns in ((PAPER_I, [*BANDS, "mean"]), (PAPER_III, [*TRIPLES.values()])):
             if (r.name, metric) in paper and column in columns:
                 return paper[r.name, metric].split()[columns.index(column)]
@@ -552,26 +543,20 @@ def section_title(r: Result, sections: list[Result]) -> str:
 
 def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
     """Sort results into sections, and each section into tables: of most labels first."""
-    found = list(groups(without_copies(results, faults), *SECTION).values())
-    titles = [section_title(section[0], [s[0] for s in found]) for section in found]
-    order = sorted(zip(found, titles, strict=True),
-                   key=lambda pair: (pair[0][0].stage, pair[0][0].dataset, pair[1]))  # fmt: skip
+    found = list(groups(results, *SECTION).values())
+    titled = [(section_title(section[0], [s[0] for s in found]), section) for section in found]
     sections: list[list[Table]] = []
     number = itertools.count(1)
-    for section, title in order:
+    for title, section in sorted(titled, key=lambda t: (t[1][0].stage, t[1][0].dataset, t[0])):
         label_rows(section)
-        judge_last(section)
+        kept = without_copies(section, faults)
+        judge_last(kept)
         sections.append([])
-        by_table = groups(section, *TABLE)
+        by_table = groups(kept, *TABLE)
         for channels, labels in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):
-            about = f"; {labels} labelled images to learn from" if labels else ""
-            table = Table(next(number), title + about, by_table[channels, labels])
-            sections[-1].append(table)
+            about = f"{title}; {labels} labelled images to learn from" if labels else title
+            sections[-1].append(Table(next(number), about, by_table[channels, labels]))
     return sections
-
-
-def is_ours(r: Result) -> bool:
-    return r.name.removesuffix(" fine-tuned") not in WEIGHTS.values()
 
 
 def make_tests(table: Table, metric: str) -> list[Test]:
@@ -579,11 +564,11 @@ def make_tests(table: Table, metric: str) -> list[Test]:
     kept = {row: table.first(row) for row in table.rows if table.first(row).judged}
     families: dict[tuple, list[Test]] = {}
     for a, b in itertools.combinations(kept, 2):
-        if is_ours(kept[b]) and not is_ours(kept[a]):
+        if kept[b].ours and not kept[a].ours:
             a, b = b, a  # ours less the other
-        if is_ours(kept[b]) and (a in table.recipes) != (b in table.recipes):
+        if kept[b].ours and (a in table.recipes) != (b in table.recipes):
             continue  # a recipe is not compared with one encoder
-        floor = is_ours(kept[a]) and kept[b].name in ("random", "stats", "scratch")
+        floor = kept[a].ours and kept[b].name in ("random", "stats", "scratch")
         family = f"against {kept[b].name}" if floor else "others"
         overlap = max(kept[a].overlap, kept[b].overlap)
         kinds = ["over seeds"] + ["over bands"] * (len(table.bands) > 2)
@@ -600,24 +585,20 @@ def make_tests(table: Table, metric: str) -> list[Test]:
 # ---------------------------------------------------------------------------- what is said
 
 
-def fixed(value: float, digits: int) -> str:
-    return DASH if math.isnan(value) else f"{value:.{digits}f}"
+def fixed(value: float, form: str) -> str:
+    return DASH if math.isnan(value) else format(value, form)
 
 
-def p_text(p: float) -> str:
-    return DASH if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
-
-
-def clause(test: Test, digits: int) -> str:
+def clause(test: Test, form: str) -> str:
     """What a test says of its a, without its name: "beats random by 0.05 F1 (...)"."""
-    gap = f"{test.difference:+.{digits}f} {test.metric}"
+    gap = f"{test.difference:+{form}} {test.metric}"
     if math.isnan(test.p):
         return f"is not tested against {test.b} ({gap}; {test.note})"
-    p = p_text(test.p_holm) if test.p_holm < 0.0001 else f"= {p_text(test.p_holm)}"
-    evidence = f"{test.low_holm:+.{digits}f} to {test.high_holm:+.{digits}f}, p {p}"
+    p = f"= {test.p_holm:.4f}" if test.p_holm >= 0.0001 else "< 0.0001"
+    evidence = f"({test.low_holm:+{form}} to {test.high_holm:+{form}}, p {p})"
     if test.p_holm >= ALPHA:
-        return f"does not differ significantly from {test.b}: {gap} ({evidence})"
-    return f"{'beats' if test.difference > 0 else 'is below'} {test.b} by {gap[1:]} ({evidence})"
+        return f"does not differ significantly from {test.b}: {gap} {evidence}"
+    return f"{'beats' if test.difference > 0 else 'is below'} {test.b} by {gap[1:]} {evidence}"
 
 
 def judge(table: Table, row: str) -> list[Test]:
@@ -644,7 +625,7 @@ def main_of(tables: list[Table]) -> list[Table]:
 
 def verdict(tables: list[Table]) -> str:
     """A section in a few sentences: recipes first, then single encoders, at the most labels."""
-    rows = [(t, row) for t in main_of(tables) for row in t.shown() if is_ours(t.first(row))]
+    rows = [(t, row) for t in main_of(tables) for row in t.shown() if t.first(row).ours]
     rows.sort(key=lambda entry: entry[1] not in entry[0].recipes)
     if not rows:
         return "No pre-trained encoder, so no verdict."
@@ -652,7 +633,7 @@ def verdict(tables: list[Table]) -> str:
     for table, row in rows[:3]:
         tests = judge(table, row)
         who = row if row in table.recipes else f"This encoder, {row},"
-        said = " and ".join(clause(test, table.digits) for test in tests)
+        said = " and ".join(clause(test, table.form) for test in tests)
         clauses.append(f"{who} {said or 'stands beside no random encoder'}.")
         methods += [f"{t.method}, n = {t.n}" for t in tests if t.p == t.p]
     text = " ".join(clauses) + f" {len(rows) - 3} more in the tests below." * (len(rows) > 3)
@@ -664,13 +645,12 @@ def verdict(tables: list[Table]) -> str:
 
 
 def notes(table: Table) -> str:
-    """How to read a table, in as few words as it takes."""
     unit = "mIoU and AA in %" if table.stage == "segment" else "Macro F1"
-    counts = sorted({c.n for c in table.cells if c.n and c.over == "seeds"})
-    overlap = any(r.overlap for r in table.results)
-    split = ("widened by Nadeau and Bengio's correction for random splits that overlap" if overlap
-             else "with a fixed split: seeds redraw only the head and random weights")  # fmt: skip
-    return (f"{unit}, mean ± 95 % t-interval over {' to '.join(map(str, counts))} seeds (of a "
+    counts = map(str, sorted({c.n for c in table.cells if c.n and c.over == "seeds"}))
+    split = "with a fixed split: seeds redraw only the head and random weights"
+    if any(r.overlap for r in table.results):
+        split = "widened by Nadeau and Bengio's correction for random splits that overlap"
+    return (f"{unit}, mean ± 95 % t-interval over {' to '.join(counts)} seeds (of a "
             f"recipe: over its pre-trainings), {split}. In brackets: the paper's figure. "
             f"{DASH}: no result.")  # fmt: skip
 
@@ -679,16 +659,14 @@ def notes(table: Table) -> str:
 
 
 def lines_of(table: Table, plain: Callable, paper: str) -> list[list[str]]:
-    """A table as text, the header first; `plain` escapes, `paper` is the format of the paper's
-    figure behind a value."""
+    """A table as text, the header first; `plain` escapes, `paper` is the form of the paper's."""
     lines = [["weights", "", *map(plain, table.columns)]]
     for row, metric in itertools.product(table.rows, table.values):
-        texts = []
+        lines.append([plain(row), metric])
         for cell in (c for c in table.cells if (c.weights, c.metric) == (row, metric)):
-            half = fixed(cell.half_width_95, table.digits)
-            text = plain(fixed(cell.mean, table.digits) + f" ± {half}" * (half != DASH))
-            texts.append(text + paper.format(cell.paper) * bool(cell.paper))
-        lines.append([plain(row), metric, *texts])
+            half = f" ± {cell.half_width_95:{table.form}}" * (cell.half_width_95 >= 0)
+            text = plain(fixed(cell.mean, table.form) + half)
+            lines[-1].append(text + paper.format(cell.paper) * bool(cell.paper))
     return lines
 
 
@@ -744,16 +722,16 @@ def tables_csv(tables: list[Table], what: str) -> str:
         about = {key: getattr(table.results[0], key) for key in (*SECTION, *TABLE)}
         about |= {"table": table.number, "classes": len(about["classes"])}
         rows += [about | vars(entry) for entry in getattr(table, what)]
+    for line in rows:
+        for key, value in line.items():
+            if value in ("", None) or value != value:
+                line[key] = "-"
+            elif isinstance(value, str) and value[0] in "=+@-":
+                line[key] = "'" + value
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        for key, value in row.items():
-            if value in ("", None) or value != value:
-                row[key] = "-"
-            elif isinstance(value, str) and value[0] in "=+@-":
-                row[key] = "'" + value
-        writer.writerow(row)
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -762,9 +740,12 @@ def tables_csv(tables: list[Table], what: str) -> str:
 # Okabe and Ito's, for colour-blind readers
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 GREY = "#999999"  # random
-FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "svg.hashsalt": "rs-byol",
-        "text.parse_math": False}  # fmt: skip  # a name may hold dollars
+PLOTS = {
+    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "errorbar.capsize": 1.5,
+    "lines.linewidth": 1, "lines.markersize": 3, "svg.hashsalt": "rs-byol",
+    "text.parse_math": False,  # a name may hold dollars
+}  # fmt: skip
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
@@ -781,92 +762,75 @@ def short(text: str) -> str:
 
 
 def legend_below(figure, labelled: dict[str, Any]) -> None:
-    """Artists by their labels under all axes, in as many columns as fit the width."""
-    labels = [*map(short, labelled)]
-    widest = (5 + 0.6 * max(map(len, labels), default=1)) * 8 / 72  # inches, the handle included
-    columns = max(1, min(4, int(figure.get_figwidth() / widest)))
-    figure.legend(list(labelled.values()), labels, loc="outside lower center", ncols=columns,
-                  frameon=False, fontsize=8)  # fmt: skip
+    """Artists by their labels under all axes; two columns of the longest fit 9 inches."""
+    figure.legend(list(labelled.values()), [*map(short, labelled)], loc="outside lower center",
+                  ncols=2)  # fmt: skip
 
 
 def draw_bars(tables: list[Table]):
-    """Every row and band of a section: a group for each band, a bar for each row that has it.
+    """Every row and band of a section: a group for each band, a bar for each row.
 
-    The floor `stats` is a line across its group. Past seven rows the next go to a further panel;
-    random weights stand in each.
+    The floor `stats` is a line across its group. One channel and three have a panel each; past
+    seven rows the next go to a further panel. Random weights stand in each.
     """
-    groups_of_bars = [(t.number, column) for t in tables for column in t.columns]
     names = {row: t.first(row).name for t in tables for row in t.shown()}
-    drawn = [row for row in names if names[row] == "random"]
     others = [row for row in names if names[row] not in ("random", "stats")]
     colours = {row: COLOURS[i % 7] for i, row in enumerate(others)}
-    parts = [drawn + others[i : i + 7] for i in range(0, max(1, len(others)), 7)]
-    metric = tables[0].metric
-    cells = {(t.number, c.weights, c.bands): c
-             for t in tables for c in t.cells if c.n and c.metric == metric}  # fmt: skip
-    slots = max(14, len(groups_of_bars) * (max(map(len, parts)) + 1))  # few bars stay narrow
-    height = 2.6 * len(parts) + 0.1 * len(names) + 0.3
-    figure, axes = new_figure(min(9.0, 0.8 + 0.25 * slots), height, rows=len(parts))
+    panels = []
+    for table in tables:
+        drawn = [row for row in table.shown() if names[row] == "random"]
+        rest = [row for row in table.shown() if row in others]
+        panels += [(table, drawn + rest[i : i + 7]) for i in range(0, max(1, len(rest)), 7)]
+    figure, axes = new_figure(9, 2.4 * len(panels) + 0.1 * len(names) + 0.4, rows=len(panels))
     legend: dict[str, Any] = {}
-    for axis, part in zip(axes, parts, strict=True):
-        x, ticks, highest = 0.0, [], 0.0
-        for number, column in groups_of_bars:
-            start = x
-            for row in part:
-                if cell := cells.get((number, row, column)):
-                    bar = axis.bar(x, cell.mean, 0.9, yerr=cell.half_width_95, edgecolor="black",
-                                   linewidth=0.5, error_kw={"elinewidth": 0.8, "capsize": 1.5},
-                                   color=colours.get(row, GREY))  # fmt: skip
-                    legend[row], highest, x = bar, max(highest, cell.mean), x + 1
-            for row in names:
-                if names[row] == "stats" and (cell := cells.get((number, row, column))):
-                    x, highest = max(x, start + 1), max(highest, cell.mean)
-                    legend[f"{row} (the floor)"] = axis.hlines(
-                        cell.mean, start - 0.6, x - 0.4, colors="black", linestyles="--", lw=1.2
-                    )
-            ticks.append((start + x - 1) / 2)
-            x += 1
-        small = 7 if len(groups_of_bars) > 12 else 9
-        axis.set_xticks(ticks, [column for _, column in groups_of_bars], fontsize=small)
-        space = max(0, 14 - x) / 2
-        axis.set(xlim=(-1 - space, x + space - 1), ylim=(0, 1.15 * highest or 1))
-        axis.set_ylabel(metric + (" (%)" if tables[0].stage == "segment" else ""))
+    for axis, (table, part) in zip(axes, panels, strict=True):
+        width, highest = 0.85 / max(1, len(part)), 0.0
+        for cell in (c for c in table.cells if c.n and c.metric == table.metric):
+            x, row = table.columns.index(cell.bands), cell.weights
+            if names.get(row) == "stats":
+                floor = axis.hlines(cell.mean, x - 0.45, x + 0.45, colors="black", ls="--")
+                legend[f"{row} (the floor)"] = floor
+            elif row in part:
+                style = {"color": colours.get(row, GREY), "edgecolor": "black", "lw": 0.5}
+                x += (part.index(row) - (len(part) - 1) / 2) * width
+                legend[row] = axis.bar(x, cell.mean, width, yerr=cell.half_width_95, **style)
+            else:
+                continue
+            highest = max(highest, cell.mean)
+        space = max(0.6, 10 / (len(part) + 1) - len(table.columns) / 2)  # few bars stay narrow
+        axis.set(xlim=(-space, len(table.columns) - 1 + space), ylim=(0, 1.15 * highest or 1),
+                 ylabel=table.metric + " (%)" * (table.stage == "segment"))  # fmt: skip
+        axis.set_xticks(range(len(table.columns)), table.columns)
     legend_below(figure, legend)
     return figure
 
 
-def draw_lines(entries: list[tuple[str, float, Table, str]], xlabel: str, whiskers: bool):
-    """F1 against x over the bands that all have: (line, x, table, row) each.
+Points = list[tuple[float, str, Table]]  # x, and whose value stands there: a row of a table
 
-    An x of NaN is a level across: random weights with their interval as a band, the floor dashed.
-    None where no band is common, or no line has two points.
-    """
-    table = entries[0][2]
-    bands = [band for band in table.bands if all(
-        (member, band) in t.values[table.metric]
-        for _, _, t, row in entries for member in t.recipes.get(row, [row])
-    )]  # fmt: skip
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for line, x, t, row in entries:
-        n, mean, half = t.mean(row, table.metric, bands)
-        lines.setdefault(line, []).append((x, mean, half))
+
+def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
+    """The metric against x over the bands that all points have: random weights grey, in their
+    interval, the floor dashed. None where no band is common, or no line has two points."""
+    points = list(itertools.chain(*lines.values()))
+    table = points[0][2]
+    bands = [band for band in table.bands
+             if all(t.mean(row, t.metric, [band])[0] for _, row, t in points)]  # fmt: skip
     if not bands or max(map(len, lines.values())) < 2:
         return None
-    figure, (axis,) = new_figure(6.5, 3.4)
+    figure, (axis,) = new_figure(9, 3.4)
     legend: dict[str, Any] = {}
+    means: list[float] = []
     for index, (line, points) in enumerate(lines.items()):
-        x, y, half = np.array(sorted(points)).T
-        half = np.nan_to_num(half)
-        colour = GREY if line.startswith("random") else COLOURS[index % 7]
-        colour, dash = ("black", "--") if line.startswith("stats") else (colour, "-")
-        if np.isfinite(x[0]):
-            legend[line] = axis.errorbar(x, y, half if whiskers else None, color=colour, ls=dash,
-                                         marker="o", ms=3, lw=1, elinewidth=0.6)  # fmt: skip
-            continue
-        legend[line] = axis.axhline(y[0], color=colour, ls=dash, lw=1)
-        if dash == "-":
-            legend[line] = axis.axhspan(y[0] - half[0], y[0] + half[0], color=colour, alpha=0.35)
-    means = [mean for points in lines.values() for _, mean, _ in points]
+        x, y, half = np.array(
+            sorted((x, *t.mean(row, t.metric, bands)[1:]) for x, row, t in points)
+        ).T
+        name, half = points[0][2].first(points[0][1]).name, np.nan_to_num(half)
+        colour = {"random": GREY, "stats": "black"}.get(name, COLOURS[index % 7])
+        legend[line] = axis.errorbar(x, y, half if whiskers else None, color=colour,
+                                     ls="--" if name == "stats" else "-", marker="o")  # fmt: skip
+        if name == "random":
+            axis.fill_between(x, y - half, y + half, color=GREY, alpha=0.35)
+        means += list(y)
     axis.set_ylim(max(0, min(means) - 0.15 * max(means)), 1.15 * max(means) or 1)
     axis.set(xlabel=xlabel, ylabel=f"{table.metric}, mean of {', '.join(bands)}")
     legend_below(figure, legend)
@@ -875,26 +839,31 @@ def draw_lines(entries: list[tuple[str, float, Table, str]], xlabel: str, whiske
 
 def draw_steps(table: Table):
     """F1 against the length of pre-training: a thin line for each that was probed at several."""
-    singles = {row: table.first(row) for row in table.rows if row not in table.recipes}
-    runs: dict[tuple, list[str]] = {}
-    for row, r in singles.items():
-        if r.recipe:
-            runs.setdefault((r.recipe, r.pretraining, r.usage), []).append(row)
-    entries = [(max(rows, key=lambda row: singles[row].epoch), singles[row].epoch, table, row)
-               for rows in runs.values() if len(rows) > 1 for row in rows]  # fmt: skip
-    levels = [row for row in singles if singles[row].name in ("random", "stats")]
-    entries += [(row, math.nan, table, row) for row in levels] if entries else []
-    return draw_lines(entries, "epochs of pre-training", False) if entries else None
+    runs: dict[tuple, Points] = {}
+    for row in (row for row in table.rows if row not in table.recipes):
+        if (r := table.first(row)).recipe:
+            of = runs.setdefault((r.recipe, r.pretraining, r.usage), [])
+            of.append((r.epoch, row, table))
+    lines = {max(points)[1]: points for points in runs.values() if len(points) > 1}
+    if not lines:
+        return None
+    epochs = [epoch for points in lines.values() for epoch, _, _ in points]
+    for row in table.rows:
+        if table.first(row).name in ("random", "stats"):  # the same at every length
+            lines[row] = [(min(epochs), row, table), (max(epochs), row, table)]
+    return draw_lines(lines, "epochs of pre-training", False)
 
 
 def draw_labels(tables: list[Table]):
     """F1 against the number of labelled images, a line for each row."""
-    count = [t.results[0].train_images or t.results[0].config["train"] for t in tables]
-    entries = [(row, float(x), t, row) for x, t in zip(count, tables, strict=True)
-               for row in t.shown()]  # fmt: skip
-    if figure := draw_lines(entries, "labelled images to learn from", True):
+    lines: dict[str, Points] = {}
+    for table, row in ((t, row) for t in tables for row in t.shown()):
+        x = table.results[0].train_images or table.results[0].config["train"]
+        lines.setdefault(row, []).append((x, row, table))
+    if figure := draw_lines(lines, "labelled images to learn from", True):
+        ticks = sorted({x for points in lines.values() for x, _, _ in points})
         figure.axes[0].set_xscale("log")
-        figure.axes[0].set_xticks(sorted(count), map(str, sorted(count)))
+        figure.axes[0].set_xticks(ticks, map(str, ticks))
         figure.axes[0].set_xticks([], minor=True)
     return figure
 
@@ -915,18 +884,16 @@ def draw_classes(table: Table):
                 axis.text(j, i, f"{values[i, j]:.0f}", fontsize=6, ha="center", va="center",
                           color="black" if values[i, j] > 50 else "white")  # fmt: skip
         axis.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        axis.spines[:].set_visible(False)
         axis.set_xticks(range(len(table.bands)), table.bands, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set_title(f"{short(row)}: IoU (%)", fontsize=9)
+        axis.set_title(f"{short(row)}: IoU (%)")
     return figure
 
 
 def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """features float64 [n, D], labels int [n] of at most 2,000 images by a fixed seed; class names.
 
-    ValueError where no t-SNE can be made (scikit-learn's ends the process on some of these): values
-    that are not finite, fewer than two columns, features all alike, as a collapsed encoder's are.
+    ValueError where no t-SNE can be made (scikit-learn's ends the process on some of these).
     """
     with np.load(path, allow_pickle=False) as file:
         features, labels = file["features"], file["labels"]
@@ -947,9 +914,10 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def draw_tsne(files: list[Path], faults: list[str]):
     """t-SNE of embeddings, a panel for each file, classes named at the medians of their points."""
-    panels = [(path.stem, guarded(faults, f"{path}: no embeddings", read_embeddings, path))
-              for path in files]  # fmt: skip
-    panels = [(title, *read) for title, read in panels if read]
+    panels = []
+    for path in files:
+        with surviving(faults, f"{path}: no embeddings"):
+            panels.append((path.stem, *read_embeddings(path)))
     if not panels:
         return None
     from sklearn.manifold import TSNE  # two seconds, for this figure only
@@ -963,7 +931,7 @@ def draw_tsne(files: list[Path], faults: list[str]):
             axis.scatter(*mine.T, 5, color=colour, linewidths=0, alpha=0.6)
             word = names[c] if 0 <= c < len(names) else str(c)
             axis.text(*np.median(mine, axis=0), word, fontsize=6, ha="center")
-        axis.set_title(short(title), fontsize=8)
+        axis.set_title(short(title))
         axis.set(xticks=[], yticks=[])
     return figure
 
@@ -972,16 +940,14 @@ def draw_runs(runs: list[Run]):
     """What pre-training logged, by step."""
     shown = [key for key in LOGGED if any(np.isfinite(run.log[key]).any() for run in runs)]
     rows = math.ceil(len(shown) / 2)
-    figure, axes = new_figure(9, 2.1 * rows + 0.6, rows=rows, columns=2)
+    figure, axes = new_figure(9, 2.1 * rows + 0.6, rows, columns=2)
     legend: dict[str, Any] = {}
     for axis, key in zip(axes, shown, strict=False):
         for index, run in enumerate(runs):
             there = np.isfinite(run.log[key])
-            every = max(1, there.sum() // 1000)  # one line of the log in so many is drawn
-            x, y = (run.log[k][there][::every] for k in ("step", key))
-            (legend[run.name],) = axis.plot(x, y, lw=1, color=COLOURS[index % 7],
-                                            marker="." if len(x) < 40 else "",
-                                            ls=["-", "--", "-."][index // 7 % 3])  # fmt: skip
+            x, y = run.log["step"][there], run.log[key][there]
+            style = {"color": COLOURS[index % 7], "ls": ["-", "--", "-."][index // 7 % 3]}
+            (legend[run.name],) = axis.plot(x, y, marker="." * (len(x) < 40), **style)
         axis.set(xlabel="step", ylabel=LOGGED[key])
         if key in ("std", "match"):
             axis.set_ylim(bottom=0)
@@ -1001,6 +967,7 @@ h2{font-size:1.15rem;margin-top:2.5rem;border-top:1px solid #8885;padding-top:1r
 .scroll{overflow-x:auto;margin:.5rem 0}table{border-collapse:collapse;font-size:.8rem}
 th,td{padding:.25rem .4rem;text-align:left;border-bottom:1px solid #8885;vertical-align:top}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+td{overflow-wrap:break-word}
 thead th{border-bottom-width:2px;overflow-wrap:normal}th[scope=row]{font-weight:500;min-width:7rem}
 small,figcaption,.note{font-size:.8rem;opacity:.8}figure{margin:1.5rem 0}
 figure img{background:#fff;display:block;max-width:100%;height:auto}
@@ -1025,123 +992,122 @@ def html_table(header: list[str], rows: list[list[str]], numbers: int) -> str:
             f"<tbody>{body}</tbody></table></div>\n")  # fmt: skip
 
 
-def html_image(text: str, path: Path) -> str:
-    kind = "svg+xml" if path.suffix == ".svg" else "png"
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><img src="data:image/{kind};base64,{data}" alt="{escape(text)}">'
-            f"<figcaption>{escape(text)}</figcaption></figure>\n")  # fmt: skip
-
-
 def html_tables(table: Table) -> str:
     """A table as HTML, its notes, and its tests folded."""
     header, *rows = lines_of(table, escape, "<br><small>({})</small>")
     rows = [[cell.replace(" ± ", "<br>± ") for cell in row] for row in rows]
-    parts = [f"<h3>{escape(table.caption)}</h3>\n{html_table(header, rows, len(table.columns))}",
-             f"<p class=note>{escape(notes(table))}</p>\n"]  # fmt: skip
-    header = ["", "a", "b", "test", "n", "a − b", "95 % interval (Holm)", "t", "df", "p",
-              "p (Holm)", "Cohen's d"]  # fmt: skip
-    rows = []
-    for t in table.tests:
-        gap, low, high = (fixed(x, table.digits) for x in (t.difference, t.low_holm, t.high_holm))
-        cells = [t.metric, t.a, t.b, t.note or t.method, t.n, gap, f"{low} to {high}",
-                 fixed(t.t, 2), fixed(t.df, 1), p_text(t.p), p_text(t.p_holm),
-                 f"{fixed(t.d, 2)} {t.effect}"]  # fmt: skip
-        rows.append([*map(escape, cells)])
-    if rows:
-        parts.append(f"<details><summary>Tests</summary>{html_table(header, rows, 7)}<p class=note>"
-                     "Holm's correction runs over the pairs against random, those against stats and"
-                     " all others apart; the interval is corrected as its p is. Bands of one sensor"
-                     " are alike: p over bands is too small.</p></details>\n")  # fmt: skip
-    return "".join(parts)
-
-
-def examples(tables: list[Table], ending: str) -> list[tuple[str, Path]]:
-    """(Caption, file) of what lies beside the results, NAME + ending: one a row, four at most."""
-    found: dict[str, tuple[str, Path]] = {}
-    for table, row in ((t, row) for t in tables for row in t.shown()):
-        for r in sorted(table.of(row), key=lambda r: r.seed):
-            path = r.path.with_name(r.path.stem + ending)
-            if row not in found and path.exists():
-                found[row] = (f"{row}, {r.bands}, seed {r.seed}", path)
-    return list(found.values())[:4]
-
-
-def draw_and_save(stem: Path, draw: Callable, *args: Any) -> bool:
-    """Save what draw(*args) returns as PNG and SVG; False where it is None."""
-    if (figure := draw(*args)) is None:
-        return False
-    figure.get_layout_engine().execute(figure)  # once for both: half of the time
-    figure.set_layout_engine(None)
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    return True
+    text = (f"<h3>{escape(table.caption)}</h3>\n{html_table(header, rows, len(table.columns))}"
+            f"<p class=note>{escape(notes(table))}</p>\n")  # fmt: skip
+    if not table.tests:
+        return text
+    shown = "metric a b method note n difference low_holm high_holm t df p p_holm d effect".split()
+    rows = [[escape(fixed(value, ".3g") if isinstance(value, float) else value)
+             for value in map(vars(test).get, shown)] for test in table.tests]  # fmt: skip
+    return (f"{text}<details><summary>Tests</summary>{html_table(shown, rows, 10)}<p class=note>"
+            "Holm's correction runs over the pairs against random, those against stats and all "
+            "others apart; low_holm and high_holm are the 95 % interval of a - b, corrected as "
+            "p_holm is. Bands of one sensor are alike: p over bands is too small."
+            "</p></details>\n")  # fmt: skip
 
 
 @dataclass
-class Page:
-    """The pictures of a report, one by one: what fails is named and left out."""
+class Pictures:
+    """The pictures of a report as HTML, one by one: what fails is named and left out."""
 
     out: Path
     faults: list[str]
 
     def figure(self, name: str, text: str, draw: Callable, *args: Any) -> str:
+        """Save what draw(*args) returns as PNG and SVG, and embed it; "" where it is None."""
         stem = self.out / re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        drawn = guarded(self.faults, f"figure {stem.name}", draw_and_save, stem, draw, *args)
-        return self.sheet(text, stem.with_suffix(".svg")) if drawn else ""
+        with surviving(self.faults, f"figure {stem.name}"):
+            if figure := draw(*args):
+                figure.get_layout_engine().execute(figure)  # once for both: half of the time
+                figure.set_layout_engine(None)
+                figure.savefig(stem.with_suffix(".png"), dpi=150)
+                figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+                return self.sheet(text, stem.with_suffix(".svg"))
+        return ""
 
     def sheet(self, text: str, path: Path) -> str:
-        return guarded(self.faults, str(path), html_image, text, path) or ""
+        with surviving(self.faults, str(path)):
+            kind = "svg+xml" if path.suffix == ".svg" else "png"
+            data = base64.b64encode(path.read_bytes()).decode()
+            return (f'<figure><img src="data:image/{kind};base64,{data}" alt="{escape(text)}">'
+                    f"<figcaption>{escape(text)}</figcaption></figure>\n")  # fmt: skip
+        return ""
+
+    def examples(self, tables: list[Table], ending: str) -> str:
+        """What lies beside the results as NAME-ending.png: one a row, four at most."""
+        found: dict[str, str] = {}
+        for table, row in ((t, row) for t in tables for row in t.shown()):
+            for r in sorted(table.of(row), key=lambda r: r.seed):
+                path = r.path.with_name(f"{r.path.stem}-{ending}.png")
+                if row not in found and len(found) < 4 and path.exists():
+                    found[row] = self.sheet(f"{row}, {r.bands}, seed {r.seed}: {ending}", path)
+        return "".join(found.values())
 
 
-def html_section(page: Page, tables: list[Table]) -> str:
+def html_section(pictures: Pictures, tables: list[Table]) -> str:
     """A section's answer with its figures and examples."""
-    first, most = tables[0].results[0], main_of(tables)
-    stem = f"{tables[0].number:02d}-{first.stage}-{first.dataset}"
+    first, most, figure = tables[0], main_of(tables), pictures.figure
+    stem = f"{first.number:02d}-{first.stage}-{first.results[0].dataset}"
     parts = [
-        f"<h2>{escape(tables[0].title)}</h2>\n<p class=verdict>{escape(verdict(tables))}</p>\n",
-        page.figure(f"{stem}-bars", f"{tables[0].metric} by bands; whiskers: 95 % interval",
-                    draw_bars, most),
+        f"<h2>{escape(first.title)}</h2>\n<p class=verdict>{escape(verdict(tables))}</p>\n",
+        figure(f"{stem}-bars", f"{first.metric} by bands; whiskers: 95 % interval",
+               draw_bars, most),
     ]  # fmt: skip
     for table in most:
         name = f"{stem}-{table.channels}ch"
         alike = [t for t in tables if t.channels == table.channels]
-        parts += [
-            page.figure(f"{name}-labels", "By number of labelled images", draw_labels, alike),
-            page.figure(f"{name}-steps", "By length of pre-training; grey: random weights and "
-                        "their 95 % interval", draw_steps, table),
-        ]  # fmt: skip
-        if first.stage == "segment":
-            parts.append(page.figure(f"{name}-classes", "IoU by class and band, mean over seeds",
-                                     draw_classes, table))  # fmt: skip
-    sheets = [(f"{text}: {what}", path) for what in ("maps", "cam")
-              for text, path in examples(most, f"-{what}.png")]  # fmt: skip
-    parts += ["<div class=sheets>", *itertools.starmap(page.sheet, sheets), "</div>"]
-    return "".join(parts)
+        parts.append(figure(f"{name}-labels", "By number of labelled images", draw_labels, alike))
+        text = "By length of pre-training; grey: random weights and their 95 % interval"
+        parts.append(figure(f"{name}-steps", text, draw_steps, table))
+        if table.stage == "segment":
+            text = "IoU by class and band, mean over seeds"
+            parts.append(figure(f"{name}-classes", text, draw_classes, table))
+    sheets = [pictures.examples(most, ending) for ending in ("maps", "cam")]
+    return "".join([*parts, "<div class=sheets>", *sheets, "</div>"])
+
+
+def html_page(sections: list[list[Table]], runs: list[Run], embeddings: list[Path],
+              pictures: Pictures, left_out: list[str]) -> str:  # fmt: skip
+    """The whole page; what has failed until the end of it is in pictures.faults."""
+    parts = [html_section(pictures, tables) for tables in sections]
+    if embeddings:
+        text = "What probe.py --embed wrote: t-SNE of the features, by class."
+        parts.append("<h2>Embeddings</h2>\n")
+        parts.append(pictures.figure("tsne", text, draw_tsne, embeddings, pictures.faults))
+    if runs:
+        text = "By step. The std falls to 0 where the projection collapses."
+        parts.append(f"<h2>Pre-training{' (SYNTHETIC tiles)' * runs[0].synthetic}</h2>\n")
+        parts.append(pictures.figure("runs", text, draw_runs, runs))
+        views = [run.folder / "views.png" for run in runs]
+        parts += [pictures.sheet(f"{file}: pairs as they are, and as the networks see them", file)
+                  for file in views if file.exists()][:4]  # fmt: skip
+    if sections:
+        parts.append("<h2>Tables and tests</h2>\n")
+        parts += map(html_tables, itertools.chain(*sections))
+    if lines := [f"<li>{escape(line)}</li>" for line in left_out + pictures.faults]:
+        parts.append(f"<h2>Left out</h2>\n<ul>{''.join(lines)}</ul>\n")
+    return "".join([
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n',
+        '<link rel="icon" href="data:,"><title>RS-BYOL report</title>',
+        f"<style>{STYLE}</style></head>\n<body><h1>RS-BYOL: what the encoders learnt</h1>\n",
+        *parts, "<p class=note>Made by analyze.py.</p>\n</body></html>\n",
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("results", type=Path, help="folder with the JSON of probe.py and segment.py")
-    add("--out", type=Path, default=Path("report"), help="folder of the report (report)")
-    add("--runs", type=Path, default=Path("runs") if Path("runs").is_dir() else None,
-        help="folder with the runs of pretrain.py (runs, where it is)")  # fmt: skip
-    args = parser.parse_args(argv)
-    for folder, writer in ((args.results, "probe.py and segment.py"), (args.runs, "pretrain.py")):
-        if folder is not None and not folder.is_dir():
-            fail(2, f"no folder {folder}: name the one that {writer} wrote to")
-    return args
-
-
 def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[str]) -> list:
     """What can be read. Synthetic data, such as the demo's, never stand beside real ones."""
-    found = [guarded(faults, str(path), kind, path) for path in sorted(files)]
-    found = [thing for thing in found if thing]
+    found = []
+    for path in sorted(files):
+        with surviving(faults, str(path)):
+            found.append(kind(path))
     real = [thing for thing in found if not thing.synthetic]
     if real and len(real) < len(found):
         said.append(f"{len(found) - len(real)} of {len(found)} {kind.__name__.lower()}s are "
@@ -1150,57 +1116,42 @@ def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("results", type=Path, help="folder with the JSON of probe.py and segment.py")
+    add("--out", type=Path, default=Path("report"), help="folder of the report (report)")
+    add("--runs", type=Path, default=Path("runs") if Path("runs").is_dir() else None,
+        help="folder with the runs of pretrain.py (runs, where it is)")  # fmt: skip
+    args = parser.parse_args(argv)
+    for folder in filter(None, (args.results, args.runs)):
+        if not folder.is_dir():
+            fail(2, f"no folder {folder}: name the one that the other scripts wrote to")
+
     faults: list[str] = []
     said: list[str] = []
     results = read_all(Result, [*args.results.rglob("*.json")], faults, said)
     runs = read_all(Run, [*args.runs.rglob("log.jsonl")] if args.runs else [], faults, said)
+    embeddings = sorted(args.results.rglob("*.npz"))[:4]
     if not results and not runs:
         fail(1, "; ".join([f"{args.results} holds no result that can be read", *faults]))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)  # now, not after the minutes of a t-SNE
-    except OSError as error:
-        fail(2, f"--out {args.out}: {error.strerror}")
     sections = build_tables(results, faults)
-    for tables in sections:
-        print(f"{tables[0].title}: {verdict(tables)}", flush=True)
-
-    warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
-    page = Page(args.out, faults)
-    with matplotlib.rc_context(FONT):
-        answers = [html_section(page, tables) for tables in sections]
-        if files := sorted(args.results.rglob("*.npz"))[:4]:
-            text = "What probe.py --embed wrote: t-SNE of the features, by class."
-            answers += ["<h2>Embeddings</h2>\n",
-                        page.figure("tsne", text, draw_tsne, files, faults)]  # fmt: skip
-        if runs:
-            made = " (SYNTHETIC tiles)" * runs[0].synthetic
-            text = "By step. The std falls to 0 where the projection collapses."
-            answers += [f"<h2>Pre-training{made}</h2>\n",
-                        page.figure("runs", text, draw_runs, runs)]  # fmt: skip
-            views = [run.folder / "views.png" for run in runs]
-            answers += [page.sheet(f"{file}: pairs as they are, and as the networks see them", file)
-                        for file in views if file.exists()][:4]  # fmt: skip
     every = [table for tables in sections for table in tables]
-    left_out = "".join(f"<li>{escape(fault)}</li>" for fault in said + faults)
-    text = "".join([
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n',
-        '<link rel="icon" href="data:,"><title>RS-BYOL report</title>',
-        f"<style>{STYLE}</style></head>\n<body><h1>RS-BYOL: what the encoders learnt</h1>\n",
-        *answers,
-        "<h2>Tables and tests</h2>\n" if every else "", *map(html_tables, every),
-        f"<h2>Left out</h2>\n<ul>{left_out}</ul>\n" if left_out else "",
-        "<p class=note>Made by analyze.py.</p>\n</body></html>\n",
-    ])  # fmt: skip
-    texts = {"tables.md": tables_markdown(sections), "tables.tex": tables_latex(every),
-             "tables.csv": tables_csv(every, "cells"), "tests.csv": tables_csv(every, "tests"),
-             "index.html": text}  # fmt: skip
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        texts = {"tables.md": tables_markdown(sections), "tables.tex": tables_latex(every),
+                 "tables.csv": tables_csv(every, "cells"),
+                 "tests.csv": tables_csv(every, "tests")}  # fmt: skip
+        for tables in sections:
+            print(f"{tables[0].title}: {verdict(tables)}", flush=True)
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
+        with matplotlib.rc_context(PLOTS):
+            page = Pictures(args.out, faults)
+            texts["index.html"] = html_page(sections, runs, embeddings, page, said)
         for name, text in texts.items():
             (args.out / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        fail(1, f"--out {args.out}: {error.strerror}; the report is not complete")
+        fail(2, f"--out {args.out}: {error.strerror}; the report is not complete")
     for line in said:
         print(clean(line))
     for fault in faults:

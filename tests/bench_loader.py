@@ -2,24 +2,24 @@
 
     python tests/bench_loader.py                  # about 3 minutes; what `make bench` runs
     python tests/bench_loader.py --quick          # under a minute: fewer rounds, wide intervals
+    TMPDIR=/mnt/disk python tests/bench_loader.py # on that disk
 
 Each round runs every method once, in shuffled order, on files of its own: a pool larger than the
-L3 cache is walked as a ring, so no method reads what another has just pulled in. Ratios are taken
-round by round; tables show their median and a 95 % bootstrap interval over the rounds. Pixels are
-checked before they are timed.
+L3 cache is walked as a ring. Ratios are taken round by round; tables show their median and a 95 %
+bootstrap interval over the rounds. Pixels are checked before they are timed.
 
 The limit is a C function compiled at run time: open, pread of a 4 KB header, one pread of the exact
-rows into a reused buffer, close. It makes no float and parses nothing. "With floats": the same
-function, told where the window lies, also writes its floats to where bandcrop writes them.
+rows into a reused buffer, close. "With floats": the same function, told where the window lies, also
+writes its floats to where bandcrop writes them.
 """
 
 import argparse
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +31,9 @@ from typing import NamedTuple
 import bandcrop
 import numpy as np
 import tifffile
-import torch
-import torch.nn.functional as F
 from bandcrop.repack import repack
 from bench_report import hardware, median, show, table
 from numpy.typing import NDArray
-from torch import Tensor
 
 BATCH = 32  # samples a fill
 VIEW = 224  # pixels, side of a view
@@ -86,12 +83,7 @@ class Pool(NamedTuple):
     paths: list[str]
     tiles: list[NDArray]  # file i holds tiles[i % BASES], [bands, h, w]
     first: int  # byte of the first sample
-    place: list[int]  # one number: the next file
-
-    def take(self, number: int) -> list[int]:
-        start = self.place[0]
-        self.place[0] += number
-        return [i % len(self.paths) for i in range(start, start + number)]
+    numbers: Iterator[int]  # of the files, for ever
 
 
 def draw_tile(rng: np.random.Generator, sensor: str) -> NDArray:
@@ -106,27 +98,21 @@ def draw_tile(rng: np.random.Generator, sensor: str) -> NDArray:
     return np.rint(np.clip((1600 + 500 * scene) * noise, 1, 10000)).astype(np.uint16)
 
 
-@contextlib.contextmanager
-def pool_of(folder: Path, rng: np.random.Generator, layout: Layout, share: float) -> Iterator[Pool]:
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        base, contents = Path(place, "base.tif"), []
-        tiles = [draw_tile(rng, layout.sensor) for _ in range(BASES)]
-        for tile in tiles:
-            tifffile.imwrite(
-                base, tile if layout.planar == "separate" else tile.transpose(1, 2, 0),
-                planarconfig=layout.planar, photometric="minisblack", metadata=None,
-                compression=layout.codec, predictor=layout.predictor if layout.codec else None,
-                **({"rowsperstrip": layout.rows} if layout.rows else {"tile": (256, 256)}),
-            )  # fmt: skip
-            contents.append(base.read_bytes())
-        with tifffile.TiffFile(base) as file:
-            first = file.pages[0].dataoffsets[0]
-        paths = [
-            f"{place}/{i:04d}.tif" for i in range(max(2 * BATCH, int(share * POOL[layout.sensor])))
-        ]
-        for i, path in enumerate(paths):
-            Path(path).write_bytes(contents[i % BASES])
-        yield Pool(layout, paths, tiles, first, [0])
+def write_pool(folder: str, rng: np.random.Generator, layout: Layout, share: float) -> Pool:
+    tiles = [draw_tile(rng, layout.sensor) for _ in range(BASES)]
+    paths = [f"{folder}/{i:04d}.tif" for i in range(max(64, int(share * POOL[layout.sensor])))]
+    for path, tile in zip(paths, tiles, strict=False):
+        tifffile.imwrite(
+            path, tile if layout.planar == "separate" else tile.transpose(1, 2, 0),
+            planarconfig=layout.planar, photometric="minisblack", metadata=None,
+            compression=layout.codec, predictor=layout.predictor if layout.codec else None,
+            **({"rowsperstrip": layout.rows} if layout.rows else {"tile": (256, 256)}),
+        )  # fmt: skip
+    for i in range(BASES, len(paths)):
+        shutil.copyfile(paths[i % BASES], paths[i])
+    with tifffile.TiffFile(paths[0]) as file:
+        first = file.pages[0].dataoffsets[0]
+    return Pool(layout, paths, tiles, first, itertools.cycle(range(len(paths))))
 
 
 class Draw(NamedTuple):
@@ -144,11 +130,6 @@ class Draw(NamedTuple):
     def calls(self) -> Iterator[tuple[str, int, list[int]]]:
         return zip(self.paths, self.bands.tolist(), self.boxes.tolist(), strict=True)
 
-    def truth(self, i: int) -> NDArray[np.float32]:
-        t, x, h, w = self.boxes[i]
-        tile = self.pool.tiles[self.files[i] % BASES]
-        return tile[self.bands[i], t : t + h, x : x + w].astype(np.float32)
-
 
 def random_size(u: float, v: float, side: int) -> tuple[int, int]:
     """BYOL's resized crop: area 0.08 to 1, ratio 3/4 to 4/3 (u, v uniform), in whole pixels."""
@@ -163,7 +144,17 @@ def draw_crops(
     bands, side, _ = pool.tiles[0].shape
     sizes = np.array([size or random_size(*rng.random(2), side) for _ in range(number)])
     boxes = np.hstack([rng.integers(0, side - sizes + 1), sizes])
-    return Draw(pool, pool.take(number), rng.integers(0, bands, number), boxes)
+    files = list(itertools.islice(pool.numbers, number))
+    return Draw(pool, files, rng.integers(0, bands, number), boxes)
+
+
+def right(draw: Draw, out: NDArray) -> bool:
+    """Whether out [N, 1, h, w] holds the pixels that were asked for."""
+    tiles = [draw.pool.tiles[i % BASES] for i in draw.files]
+    return all(
+        np.array_equal(made, tile[band, t : t + h, x : x + w])
+        for (made,), tile, (_, band, (t, x, h, w)) in zip(out, tiles, draw.calls(), strict=True)
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,23 +222,23 @@ def limit(library: ctypes.CDLL, draw: Draw, out: NDArray | None) -> Callable[[],
     return run
 
 
-def by_rasterio(draw: Draw, use: Callable[[int, NDArray], None]) -> None:
+def by_rasterio(draw: Draw, out: NDArray) -> None:
     import rasterio
 
     with rasterio.Env(**TUNED):
-        for i, (path, band, (t, x, h, w)) in enumerate(draw.calls()):
-            pixels, window = np.empty((h, w), np.float32), rasterio.windows.Window(x, t, w, h)
+        for (pixels,), (path, band, (t, x, h, w)) in zip(out, draw.calls(), strict=True):
+            window = rasterio.windows.Window(x, t, w, h)
             with rasterio.open(path, driver="GTiff", sharing=False) as file:
-                use(i, file.read(band + 1, window=window, out=pixels))
+                file.read(band + 1, window=window, out=pixels)
 
 
-def by_imagecodecs(draw: Draw, use: Callable[[int, NDArray], None]) -> None:
+def by_imagecodecs(draw: Draw, out: NDArray) -> None:
     import imagecodecs
 
-    for i, (path, band, (t, x, h, w)) in enumerate(draw.calls()):
-        pixels = imagecodecs.tiff_decode(Path(path).read_bytes())
-        plane = pixels[..., band] if draw.pool.layout.planar == "contig" else pixels[band]
-        use(i, plane[t : t + h, x : x + w].astype(np.float32))
+    for (pixels,), (path, band, (t, x, h, w)) in zip(out, draw.calls(), strict=True):
+        tile = imagecodecs.tiff_decode(Path(path).read_bytes())
+        plane = tile[..., band] if draw.pool.layout.planar == "contig" else tile[band]
+        pixels[:] = plane[t : t + h, x : x + w]
 
 
 PEERS = {"imagecodecs": by_imagecodecs, "rasterio": by_rasterio}  # the two fastest of six
@@ -285,10 +276,6 @@ def clock(run: Callable[[], object], number: int) -> float:
     return (time.perf_counter() - begin) / number
 
 
-def micro(times: dict, name: str) -> str:
-    return f"{1e6 * np.median(times[name]):.0f}" if name in times else "-"
-
-
 def read_layout(
     rng: np.random.Generator, library: ctypes.CDLL, pool: Pool, seconds: float
 ) -> dict[str, NDArray]:
@@ -296,8 +283,7 @@ def read_layout(
     side, reader = pool.tiles[0].shape[1], bandcrop.Reader(1)
     space = np.ones(BATCH * side * side, np.float32)
     methods: dict[str, Callable] = {
-        name: lambda draw, out, peer=peer: partial(peer, draw, out[:, 0].__setitem__)
-        for name, peer in PEERS.items()
+        name: lambda draw, out, peer=peer: partial(peer, draw, out) for name, peer in PEERS.items()
     }
     methods["bandcrop"] = lambda draw, out: partial(reader.fill, out, **fill_arguments(draw))
     if pool.layout.codec is None:
@@ -306,21 +292,20 @@ def read_layout(
         draw, out = draw_crops(pool, rng, 6, (37, 29)), np.zeros((6, 1, 37, 29), np.float32)
         with contextlib.suppress(Exception):  # whatever a peer raises that cannot read these files
             methods[name](draw, out)()
-        if not all(np.array_equal(out[i, 0], draw.truth(i)) for i in range(6)):
+        if not right(draw, out):
             print(f"\n{pool.layout.name}: {name} is not timed: no pixels, or others")
             del methods[name]
     if pool.layout.codec is None:
         methods["limit"] = lambda draw, out: limit(library, draw, None)
 
-    def crops(number: int, method: Callable, count: int) -> float:
-        # One size a round, of a sequence that covers areas and ratios evenly
+    def crops(number: int, name: str) -> float:
+        # One size a round, of a sequence that covers areas and ratios evenly; peers are slow
         h, w = random_size((number * 0.618034) % 1, (number * 0.754878) % 1, side)
+        count = 4 if name in PEERS else BATCH
         out = space[: count * h * w].reshape(count, 1, h, w)
-        return clock(method(draw_crops(pool, rng, count, (h, w)), out), count)
+        return clock(methods[name](draw_crops(pool, rng, count, (h, w)), out), count)
 
-    count = {name: 4 for name in PEERS}  # a round; they are slow
-    runs = {n: partial(crops, method=m, count=count.get(n, BATCH)) for n, m in methods.items()}
-    return measure(rng, seconds, runs)
+    return measure(rng, seconds, {name: partial(crops, name=name) for name in methods})
 
 
 def bench_read(folder: Path, rng: np.random.Generator, share: float) -> None:
@@ -328,12 +313,13 @@ def bench_read(folder: Path, rng: np.random.Generator, share: float) -> None:
     for layout in LAYOUTS:
         if {"zlib": "deflate"}.get(layout.codec, layout.codec or "none") not in bandcrop.codecs():
             continue
-        with pool_of(folder, rng, layout, share) as pool:
-            times = read_layout(rng, library, pool, 6 * share)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            times = read_layout(rng, library, write_pool(place, rng, layout, share), 6 * share)
         ours, names = times["bandcrop"], ("limit", "with floats", "bandcrop", *PEERS)
         best = min((times[name] for name in PEERS if name in times), key=np.median, default=None)
+        micros = {name: f"{1e6 * np.median(times[name]):.0f}" for name in times}
         rows.append([
-            layout.name, *[micro(times, name) for name in names],
+            layout.name, *[micros.get(name, "-") for name in names],
             show(median(ours / times["limit"])) if "limit" in times else "-",
             "-" if best is None else show(median(best / ours)), str(len(ours)),
         ])  # fmt: skip
@@ -349,24 +335,12 @@ files. Windows have BYOL's areas (0.08 to 1) and ratios, one size a round."""
 # Pairs, from an archive as it is and repacked
 
 
-def fill_pairs(reader: bandcrop.Reader, draws: list[Draw], views: Tensor) -> int:
+def fill_pairs(reader: bandcrop.Reader, draws: list[Draw], views: NDArray) -> int:
     """views [2, N, 1, 224, 224]; returns the bytes of pixels that were read."""
     tickets = [
         reader.submit(view, **fill_arguments(draw)) for view, draw in zip(views, draws, strict=True)
     ]
     return sum(ticket.wait().bytes_read for ticket in tickets)
-
-
-def peer_pairs(peer: Callable, draws: list[Draw], views: Tensor) -> int:
-    """The usual loop: read a crop, resize it, next."""
-    for view, draw in zip(views, draws, strict=True):
-
-        def resize(i: int, pixels: NDArray, view: Tensor = view) -> None:
-            whole = torch.from_numpy(pixels)[None, None]
-            view[i] = F.interpolate(whole, (VIEW, VIEW), mode="bicubic", antialias=True)[0]
-
-        peer(draw, resize)
-    return 0
 
 
 def prepare(path: str, cold: bool) -> None:
@@ -384,43 +358,39 @@ def bytes_from_disk() -> int:
 
 
 def bench_pairs(folder: Path, rng: np.random.Generator, share: float) -> None:
-    views, asked, disk = torch.ones(2, BATCH, 1, VIEW, VIEW), {}, {}
-    with contextlib.ExitStack() as stack:
-        pools = [stack.enter_context(pool_of(folder, rng, lay, share)) for lay in LAYOUTS[:2]]
-        repacked = []
-        for pool in pools:
-            there = [Path(path).parent / "repacked" / Path(path).name for path in pool.paths]
-            for path, place in zip(pool.paths, there, strict=True):
-                repack(Path(path), place, None)
-            repacked.append(pool._replace(paths=[str(path) for path in there]))
+    views, asked, disk = np.ones((2, BATCH, 1, VIEW, VIEW), np.float32), {}, {}
+    pools, repacked = [], []
+    for layout in LAYOUTS[:2]:
+        place = Path(tempfile.mkdtemp(dir=folder))
+        pools.append(write_pool(str(place), rng, layout, share))
+        there = [place / "repacked" / Path(path).name for path in pools[-1].paths]
+        for path, new in zip(pools[-1].paths, there, strict=True):
+            repack(Path(path), new, None)
+        repacked.append(pools[-1]._replace(paths=[*map(str, there)]))
+    methods = {  # threads, archive, cold
+        "1 thread": (1, pools, False),
+        "2 threads": (2, pools, False),
+        "2 threads, repacked": (2, repacked, False),
+        "2 threads, cold": (2, pools, True),
+        "2 threads, cold, repacked": (2, repacked, True),
+    }
+    readers = {threads: bandcrop.Reader(threads) for threads in (1, 2)}
 
-        def run(number: int, name: str, fill: Callable, archive: list[Pool], cold: bool) -> float:
-            count = BATCH if fill.func is fill_pairs else 8
-            draws = [draw_crops(pool, rng, count) for pool in archive]
-            for path in draws[0].paths + draws[1].paths:
-                prepare(path, cold)
-            before, read = bytes_from_disk(), []
-            seconds = clock(lambda: read.append(fill(draws, views[:, :count])), count)
-            asked.setdefault(name, []).append(read[0] / count / 1e3)
-            disk.setdefault(name, []).append((bytes_from_disk() - before) / count / 1e3)
-            return seconds
+    def run(number: int, name: str) -> float:
+        threads, archive, cold = methods[name]
+        draws = [draw_crops(pool, rng, BATCH) for pool in archive]
+        for path in draws[0].paths + draws[1].paths:
+            prepare(path, cold)
+        before, read = bytes_from_disk(), []
+        seconds = clock(lambda: read.append(fill_pairs(readers[threads], draws, views)), BATCH)
+        asked.setdefault(name, []).append(read[0] / BATCH / 1e3)
+        disk.setdefault(name, []).append((bytes_from_disk() - before) / BATCH / 1e3)
+        return seconds
 
-        one, two = (partial(fill_pairs, bandcrop.Reader(n)) for n in (1, 2))
-        methods = {"bandcrop, 1 thread": (one, pools, False)}
-        for name, peer in PEERS.items():
-            methods[f"{name} + F.interpolate"] = (partial(peer_pairs, peer), pools, False)
-        methods["bandcrop, 2 threads"] = (two, pools, False)
-        methods["2 threads, repacked"] = (two, repacked, False)
-        methods["2 threads, cold"] = (two, pools, True)
-        methods["2 threads, cold, repacked"] = (two, repacked, True)
-        times = measure(rng, 30 * share, {
-            name: partial(run, name=name, fill=fill, archive=archive, cold=cold)
-            for name, (fill, archive, cold) in methods.items()
-        })  # fmt: skip
+    times = measure(rng, 30 * share, {name: partial(run, name=name) for name in methods})
     rows = []
     for name, seconds in times.items():
-        other = name.removesuffix(", repacked") if "repacked" in name else "bandcrop, 1 thread"
-        other = other if other in times else "bandcrop, 2 threads"
+        other = name.removesuffix(", repacked") if "repacked" in name else "1 thread"
         pairs, faster = f"{1 / np.median(seconds):.0f}", show(median(times[other] / seconds))
         kilobytes = [f"{np.mean(values[name]):.0f}" for values in (asked, disk)]
         rows.append([name, pairs, f"{faster} ({other})", *kilobytes])
@@ -436,25 +406,16 @@ disk's bytes are the kernel's count, read-ahead included. A host below may have 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer files and rounds")
-    parser.add_argument("--folder", type=Path, help="a disk to measure on (the temporary folder)")
     args = parser.parse_args()
-    if args.folder and not args.folder.is_dir():
-        parser.error(f"--folder {args.folder}: no such folder")
-    if shutil.disk_usage(args.folder or tempfile.gettempdir()).free < 2**30:
-        parser.error("less than 1 GiB is free for the tiles: name another disk with --folder")
 
-    torch.set_num_threads(1)
-    rng, share = np.random.default_rng(0), 0.06 if args.quick else 1.0
-    load = os.getloadavg()[0]
+    rng, share, load = np.random.default_rng(0), 0.06 if args.quick else 1.0, os.getloadavg()[0]
     print(f"Measured {time.strftime('%Y-%m-%d %H:%M')} on {hardware()}; load {load:.1f} before.")
     print("Times: medians; ratios: median [95 % interval] over the rounds.", flush=True)
-    if load > 0.5 * len(os.sched_getaffinity(0)):
-        print("The machine is busy: times are too long, and two threads say nothing.")
-    with tempfile.TemporaryDirectory(prefix="bench_loader.", dir=args.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench_loader.") as folder:
         bench_read(Path(folder), rng, share)
         bench_pairs(Path(folder), rng, share)
     print(f"\nLoad {os.getloadavg()[0]:.1f} at the end.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

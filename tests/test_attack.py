@@ -29,6 +29,9 @@ CXX = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(not CXX, reason="no C++ compiler (g++ or $CXX)")
 
 MUTATIONS = os.environ.get("MUTATIONS", "20000")  # of files, for the sanitizers to watch
+# To build with all checks takes four times as long as to run 20,000: make fuzz has them.
+QUICK = "-fno-sanitize=null,vptr,object-size,alignment -O0".split()
+LOOP_FLAGS = ["-O1", "-g"] if "MUTATIONS" in os.environ else QUICK
 
 SIZES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # TIFF's field types
 
@@ -123,14 +126,14 @@ def builds(request, tmp_path_factory):
         deflate = links_libdeflate()
         macros.append("-DBANDCROP_LIBDEFLATE" if deflate else "-DBANDCROP_ZLIB")
         libraries.append("-ldeflate" if deflate else "-lz")
-    compile_ = [CXX, "-std=c++17", "-O1", "-g", "-Wno-psabi", "-Icsrc", "-pthread"]
+    compile_ = [CXX, "-std=c++17", "-Wno-psabi", "-Icsrc", "-pthread"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     commands = {
         "extension": [sys.executable, "setup.py", "build", "--build-lib", folder / "extension"]
         + ["--build-temp", folder / "objects"],
-        "loop": [*compile_, *sanitize, "-DSEEDED_LOOP", *macros, "tests/fuzz_reader.cpp", *CORE]
-        + ["-o", folder / "loop", *libraries],
-        "race": [*compile_, "-fsanitize=thread", *macros, "tests/race_pool.cpp", *CORE]
+        "loop": [*compile_, *sanitize, *LOOP_FLAGS, "-DSEEDED_LOOP", *macros]
+        + ["tests/fuzz_reader.cpp", *CORE, "-o", folder / "loop", *libraries],
+        "race": [*compile_, "-O1", "-g", "-fsanitize=thread", *macros, "tests/race_pool.cpp", *CORE]
         + ["csrc/pool.cpp", "-o", folder / "race", *libraries],
     }
     environment = {
@@ -175,13 +178,13 @@ def links_libdeflate():
 # --- truncated files ---------------------------------------------------------------------------
 
 
-def check_every_truncation(path, work):
-    """At every length: a TileError or the exact pixels. Returns how many lengths gave pixels."""
+def check_truncations(path, work, step=1):
+    """At each length: a TileError or the exact pixels. Returns how many lengths gave pixels."""
     exact = samples_by_tifffile(path)
     shutil.copyfile(path, work)
     whole = work.stat().st_size
     good = 0
-    for length in range(whole, -1, -1):
+    for length in range(whole, -1, -step):
         os.truncate(work, length)
         try:
             got = bandcrop.read(str(work))
@@ -201,24 +204,21 @@ def check_every_truncation(path, work):
 
 @pytest.mark.parametrize(
     "name",
-    ["bigearthnet/mask/000.tif", "zoo/bigearthnet_B05.tif", "zoo/mask_deflate_tiled_int16.tif",
-     "bigearthnet/s2/100.tif", "sar_rgb_pairs/s1/smallest"],
-)  # fmt: skip
+    ["bigearthnet/mask/000.tif", "zoo/bigearthnet_B05.tif", "zoo/mask_deflate_tiled_int16.tif"],
+)
 def test_every_truncation_of_a_real_file_is_refused_or_exact(tmp_path, name):
     path = REAL / name
-    if path.name == "smallest" and path.parent.is_dir():
-        path = min(path.parent.glob("*.tif"), key=lambda file: (file.stat().st_size, file))
     if not path.is_file():
         pytest.skip(f"real data (../shared/data/{name}) not here")
     if bandcrop.info(str(path)).compression not in bandcrop.codecs():
         pytest.skip(f"this build has no {bandcrop.info(str(path)).compression}")
-    assert check_every_truncation(path, tmp_path / "cut.tif") >= 1
+    assert check_truncations(path, tmp_path / "cut.tif") >= 1
 
 
-def test_every_truncation_of_a_file_of_each_layout_is_refused_or_exact(tmp_path):
+def test_truncations_of_a_file_of_each_layout_are_refused_or_exact(tmp_path):
     for path in write_seeds(tmp_path / "seeds"):
         if bandcrop.info(path).compression in bandcrop.codecs():
-            assert check_every_truncation(path, tmp_path / "cut.tif") >= 1
+            assert check_truncations(path, tmp_path / "cut.tif", step=3) >= 1
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused_or_exact(tmp_path):
@@ -229,7 +229,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused_or_exact(tmp_path):
     reader = bandcrop.Reader(2)
     outcomes = set()
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(30):
         path.write_bytes(content)
         out = np.full((16, 1, 200, 200), np.nan, np.float32)
         ticket = reader.submit(out, [str(path)] * 16, [[2]] * 16, bad="report")
@@ -645,10 +645,10 @@ def test_when_memory_runs_out_the_reader_says_so_and_goes_on(tmp_path):
         write(tmp_path / "b.tif", image((3, 90, 300), "u2"), "separate"),
     ]
     code = """
-        out, expected = np.zeros((2, 1, 600, 8, 100), np.float32)
+        out, expected = np.zeros((2, 1, 120, 8, 100), np.float32)
         refused = filled = 0
         for name in sys.argv[1:]:
-            call = ([name], [[2, 0, 1] * 200])
+            call = ([name], [[2, 0, 1] * 40])
             bandcrop.Reader(1).fill(expected, *call)
             kib = [*range(0, 256, 8), *range(256, 2048, 128), *range(4096, 65536, 6144)]
             for more in [1024 * k for k in kib]:
@@ -735,7 +735,7 @@ FILLS = """
 def test_many_fills_hold_memory_flat_and_leak_no_descriptor(tmp_path):
     write_seeds(tmp_path)
     (tmp_path / "cut.tif").write_bytes(tiff(plain(), PIXELS)[:-40])
-    descriptors, refused, grown, slope, *_ = run_limited(FILLS, 5000, tmp_path).split()
+    descriptors, refused, grown, slope, *_ = run_limited(FILLS, 2000, tmp_path).split()
     assert int(descriptors) == 1 and int(refused) > 100
     assert int(grown) < 512 and float(slope) < 50  # KiB; KiB for each 1000 fills
 
@@ -751,15 +751,11 @@ def test_mutated_files_pass_the_sanitizers(tmp_path, builds):
             seeds.append(str(REAL / name))
     done = subprocess.run(
         [builds("loop"), "2024", MUTATIONS, *seeds],
-        env={
-            **os.environ,
-            "ASAN_OPTIONS": "max_allocation_size_mb=512",
-            "KEEP_LAST": str(tmp_path / "last.tif"),  # what it was at when it failed
-        },
+        env={**os.environ, "ASAN_OPTIONS": "max_allocation_size_mb=512"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"{done.stderr[-4000:]}\nKEEP_LAST=FILE keeps what it was at"
     assert done.stdout == f"{MUTATIONS} executions\n"
 
 

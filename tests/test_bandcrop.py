@@ -82,11 +82,10 @@ def resized_by_pil(band, size, window, orient=0):
 
 
 @real_data
-def test_read_equals_tifffile_on_every_real_file():
+def test_read_equals_tifffile_on_real_files_of_every_archive():
     codecs = bandcrop.codecs()
-    paths = sorted(REAL.rglob("*.tif"))
     seen = 0
-    for path in paths:
+    for path in [*REAL.glob("zoo/*.tif"), *sorted(REAL.rglob("*.tif"))[::8]]:
         if bandcrop.info(str(path)).compression not in codecs:
             continue
         expected = samples_by_tifffile(path)
@@ -94,7 +93,7 @@ def test_read_equals_tifffile_on_every_real_file():
         assert got.dtype == expected.dtype
         np.testing.assert_array_equal(got, expected, err_msg=str(path))
         seen += 1
-    assert seen > 200
+    assert seen > 100
 
 
 @pytest.mark.parametrize("byteorder", "<>")
@@ -545,7 +544,7 @@ def test_wrong_arguments_are_refused(tmp_path):
 def test_dropped_tickets_and_readers_leave_memory_alone(tmp_path):
     paths, bands, windows, orient = batch_of_files(tmp_path)
     out = np.zeros((24, 2, 200, 200), np.float32)
-    for _ in range(20):
+    for _ in range(6):
         reader = bandcrop.Reader(4)
         ticket = reader.submit(out, paths, bands, windows, orient)
         kept = reader.submit(np.zeros_like(out), paths, bands, windows, orient)

@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bandcrop._core import TileError, info, read
+from bandcrop._core import info, read
 
 try:
     import tifffile
@@ -49,6 +49,10 @@ def kept_tags(path: Path, bands: list[int] | None = None) -> dict[int, tuple[int
     return tags
 
 
+def is_tiff(path: Path) -> bool:
+    return path.suffix.lower() in (".tif", ".tiff")
+
+
 def repack(source: Path, target: Path, bands: list[int] | None) -> int:
     """Make target of source, whole or not at all, unless it is done. Returns the bytes written.
 
@@ -58,36 +62,20 @@ def repack(source: Path, target: Path, bands: list[int] | None) -> int:
     if not tiff or (bands and max(bands) >= info(source).bands):
         bands = None
     kept = "all" if bands is None else ",".join(str(band + 1) for band in bands)
-    maker = f"bandcrop.repack, bands {kept}"  # into tag 305, Software
+    made_by = maker = f"bandcrop.repack, bands {kept}"  # into tag 305, Software
     if target.exists():
-        unchanged = source.stat().st_mtime_ns == target.stat().st_mtime_ns
         if tiff:
             with tifffile.TiffFile(target) as file:
                 made_by = file.pages[0].software
-            ours, unchanged = made_by.startswith("bandcrop"), unchanged and made_by == maker
-        else:
-            ours = unchanged = unchanged and source.stat().st_size == target.stat().st_size
-        if unchanged:
+        if made_by == maker and source.stat().st_mtime_ns == target.stat().st_mtime_ns:
             return 0
-        if not ours:
+        if not (tiff and made_by.startswith("bandcrop")):
             raise ValueError(f"{target}: was not made from {source}: delete it to have it made")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     try:
         if tiff:
-            pixels, tags = read(source, bands), kept_tags(source, bands)
-            one = len(pixels) == 1
-            extra = [(code, kind, 1 if np.isscalar(value) else len(value), value, True)
-                     for code, (kind, value) in tags.items()]  # fmt: skip
-            tifffile.imwrite(
-                part, pixels[0] if one else pixels, planarconfig=None if one else "separate",
-                photometric="minisblack", metadata=None, software=maker, extratags=extra,
-                bigtiff=pixels.nbytes > 2**32 - 2**25,
-            )  # fmt: skip
-            again = read(part)
-            same = (again.dtype, again.shape) == (pixels.dtype, pixels.shape)
-            if not same or again.tobytes() != pixels.tobytes() or kept_tags(part) != tags:
-                raise ValueError(f"{source}: its copy differs from it, and is not kept")
+            rewrite(source, part, bands, maker)
         else:
             shutil.copyfile(source, part)
         shutil.copystat(source, part)
@@ -97,20 +85,21 @@ def repack(source: Path, target: Path, bands: list[int] | None) -> int:
     return target.stat().st_size
 
 
-def is_tiff(path: Path) -> bool:
-    return path.suffix.lower() in (".tif", ".tiff")
-
-
-def bytes_of(path: Path, bands: list[int] | None) -> int:
-    """How many bytes a file becomes; 0 if it cannot be read."""
-    try:
-        if not is_tiff(path):
-            return path.stat().st_size
-        tile = info(path)
-    except (OSError, TileError):
-        return 0
-    kept = len(bands) if bands and max(bands) < tile.bands else tile.bands
-    return kept * tile.height * tile.width * np.dtype(tile.dtype).itemsize
+def rewrite(source: Path, part: Path, bands: list[int] | None, maker: str) -> None:
+    """Write the samples and tags of source to part, and read them back."""
+    pixels, tags = read(source, bands), kept_tags(source, bands)
+    one = len(pixels) == 1
+    extra = [(code, kind, 1 if np.isscalar(value) else len(value), value, True)
+             for code, (kind, value) in tags.items()]  # fmt: skip
+    tifffile.imwrite(
+        part, pixels[0] if one else pixels, planarconfig=None if one else "separate",
+        photometric="minisblack", metadata=None, software=maker, extratags=extra,
+        bigtiff=pixels.nbytes > 2**32 - 2**25,
+    )  # fmt: skip
+    again = read(part)
+    same = (again.dtype, again.shape) == (pixels.dtype, pixels.shape)
+    if not same or again.tobytes() != pixels.tobytes() or kept_tags(part) != tags:
+        raise ValueError(f"{source}: its copy differs from it, and is not kept")
 
 
 def numbers(text: str) -> list[int]:
@@ -121,69 +110,48 @@ def numbers(text: str) -> list[int]:
     return bands
 
 
-def fail(status: int, message: str) -> None:
-    print(f"bandcrop.repack: error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bandcrop.repack", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", type=Path, metavar="SRC")
     parser.add_argument("target", type=Path, metavar="DST")
     parser.add_argument("--bands", type=numbers, metavar="2,3,4", help="keep these, by GDAL's "
                         "numbers, of files that have all of them; others stay whole")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="files at a time (4)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     source, target = args.source.resolve(), args.target.resolve()
     if not source.is_dir():
-        fail(2, f"{args.source} is no folder")
+        parser.error(f"{args.source} is no folder")
     if source in (target, *target.parents) or target in source.parents:
-        fail(2, f"{args.source} and {args.target} must not lie in each other")
-    if args.jobs < 1:
-        fail(2, f"--jobs is {args.jobs}")
+        parser.error(f"{args.source} and {args.target} must not lie in each other")
     tree = os.walk(source, followlinks=True)
     files = sorted(Path(folder, name) for folder, _, names in tree for name in names)
     if not any(map(is_tiff, files)):
-        fail(1, f"{args.source} holds no .tif file")
-    places = [target / path.relative_to(source) for path in files]
-    missing = [path for path, place in zip(files, places, strict=True) if not place.exists()]
-    step = len(missing) // 100 + 1  # a hundred files tell how large all will be
-    needed = step * sum(bytes_of(path, args.bands) for path in missing[::step])
-    there = next(folder for folder in (target, *target.parents) if folder.exists())
-    if (free := shutil.disk_usage(there).free) < needed:
-        fail(1, f"{args.target} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        sys.exit(f"bandcrop.repack: error: {args.source} holds no .tif file")
 
-    began, total, terminal = time.monotonic(), len(files), sys.stderr.isatty()
-    written = made = failed = 0
-    pool = ThreadPoolExecutor(args.jobs)
+    sizes = []
+    pool = ThreadPoolExecutor(4)
     try:
-        jobs = [pool.submit(repack, *pair, args.bands) for pair in zip(files, places, strict=True)]
-        for done, job in enumerate(as_completed(jobs), 1):
-            error = job.exception()
-            if isinstance(error, OSError):  # a full disk, no permission: the others would fail too
-                fail(1, f"{error}; the same command goes on from here")
-            if error:
-                failed += 1
-                print(f"\nnot done: {error}", file=sys.stderr)
-            else:
-                written, made = written + job.result(), made + (job.result() > 0)
-            steps = 1000 if terminal else 20  # a terminal shows all lines as one
-            if done * steps // total == (done - 1) * steps // total:
-                continue
-            spent = time.monotonic() - began
-            bar, left = "#" * (20 * done // total), spent / done * (total - done)
-            print(f"[{bar:20}] {done}/{total} files  {written / 1e6 / spent:.0f} MB/s  "
-                  f"{left:.0f} s left   ", end="\r" if terminal and done < total else "\n",
-                  file=sys.stderr, flush=True)  # fmt: skip
-    except KeyboardInterrupt:
-        fail(130, "stopped: the same command goes on from here")
+        jobs = [pool.submit(repack, path, target / path.relative_to(source), args.bands)
+                for path in files]  # fmt: skip
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit=" files"):
+            try:
+                sizes.append(job.result())
+            except OSError as error:  # a full disk, no permission: the others would fail too
+                sys.exit(f"bandcrop.repack: error: {error}; the same command goes on from here")
+            except Exception as error:  # TileError, or what tifffile makes of a damaged file
+                tqdm.write(f"not done: {error}", file=sys.stderr)
     finally:
         pool.shutdown(cancel_futures=True)
-    print(f"{made} files written ({written / 1e6:.1f} MB), {total - made - failed} done before")
-    if failed:
-        fail(1, f"{failed} of {total} files are not in {args.target}")
+    done = sizes.count(0)
+    print(f"{len(sizes) - done} files written ({sum(sizes) / 1e6:.1f} MB), {done} done before")
+    if len(sizes) < len(files):
+        sys.exit(f"bandcrop.repack: error: {len(files) - len(sizes)} of {len(files)} files are not "
+                 f"in {args.target}")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("bandcrop.repack: stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
