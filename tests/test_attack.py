@@ -565,10 +565,11 @@ def bombs():
     zeros = bytes(2**26)
     packed = {
         5: imagecodecs.lzw_encode(zeros), 8: zlib.compress(zeros, 9),
-        50000: imagecodecs.zstd_encode(zeros),
+        32773: imagecodecs.packbits_encode(zeros), 50000: imagecodecs.zstd_encode(zeros),
     }  # fmt: skip
     for number, data in packed.items():
-        if {5: "lzw", 8: "deflate", 50000: "zstd"}[number] in bandcrop.codecs():
+        names = {5: "lzw", 8: "deflate", 32773: "packbits", 50000: "zstd"}
+        if names[number] in bandcrop.codecs():
             tags = plain(t259=(3, [number]), t279=(4, [len(data)]))
             yield f"bomb {number}", tiff(tags, data)
             tile = {"t322": (4, [16]), "t323": (4, [2**22]), "t324": (4, [8, 8 + len(data)])}
