@@ -42,6 +42,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -312,7 +313,7 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         other = json.loads(path.read_text())
         alike = other["config"].get("task") in tasks and all(
-            other["config"][key] in (None, config[key]) for key in ("arch", "bn")
+            other["config"].get(key) in (None, config.get(key)) for key in ("arch", "bn")
         )  # None: the floor has neither
         if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
             results.append(other)
@@ -716,13 +717,6 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
 
 
-def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches."""
-    with autocast(next(encoder.parameters()).device):
-        images = (for_encoder(encoder, batch) for batch in batches)
-        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
-
-
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:
     """Proof that the encoder stayed frozen: each weight and BatchNorm statistic equals `before`."""
     for name, value in encoder.state_dict().items():
@@ -846,6 +840,13 @@ class BandStatistics(nn.Module):
             torch.hypot(down, across).std((2, 3)),
         ]  # fmt: skip
         return torch.cat(measures, 1)
+
+
+def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
+    """Set each BatchNorm's running statistics to their mean over these batches."""
+    with autocast(next(encoder.parameters()).device):
+        images = (for_encoder(encoder, batch) for batch in batches)
+        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def prepare(setup: Setup, rows: np.ndarray, seed: int) -> nn.Module:
@@ -978,24 +979,21 @@ def choose(
 
 # ------------------------------------------------------------------------------------- measures
 def f1_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """F1 macro, weighted and by class, accuracy, confusion (rows: truth), as scikit-learn's.
+    """F1 macro, weighted and by class, accuracy, confusion (rows: truth).
 
     Means are over the classes that the truth holds; a class that is only predicted is listed, and
     what was taken for it counts against the others.
     """
-    n = len(classes)
-    confusion = np.bincount(truth * n + said, minlength=n * n).reshape(n, n)
-    support, guesses, hits = confusion.sum(1), confusion.sum(0), np.diag(confusion)
-    present = np.flatnonzero(support)
-    f1 = 2 * hits[present] / (support + guesses)[present]
+    present = np.unique(truth)
+    f1 = functools.partial(f1_score, truth, said, labels=present)
     return {
-        "f1_macro": float(f1.mean()),
-        "f1_weighted": float((f1 * support[present]).sum() / support.sum()),
-        "accuracy": float(hits.sum() / support.sum()),
-        "f1_per_class": {classes[i]: float(v) for i, v in zip(present, f1, strict=True)},
+        "f1_macro": float(f1(average="macro")),
+        "f1_weighted": float(f1(average="weighted")),
+        "accuracy": float((truth == said).mean()),
+        "f1_per_class": dict(zip([classes[i] for i in present], f1(average=None), strict=True)),
         "classes": [classes[i] for i in present],
-        "only_predicted": [classes[i] for i in np.flatnonzero((support == 0) & (guesses > 0))],
-        "confusion": confusion.tolist(),
+        "only_predicted": [classes[i] for i in np.setdiff1d(said, truth)],
+        "confusion": confusion_matrix(truth, said, labels=range(len(classes))).tolist(),
     }
 
 
@@ -1004,30 +1002,24 @@ def fullgrad_terms(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> l
     """What the logits of the classes `target` are the sums of: gradient * input [N, C, H, W] and,
     for each layer, gradient * bias in the shape of its output.
 
-    model: in eval mode, of layers with biases, ReLU, pooling; BatchNorm's bias is
-    beta - mean * gamma / sqrt(var + eps).
+    model: in eval mode, of affine layers, ReLU, pooling; a layer's bias is what it makes of zeros.
     """
-    kept: list[tuple[nn.Module, torch.Tensor]] = []
+    kinds = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # a ResNet's convolutions have no bias
+    outputs, biases = [], []
 
-    def keep(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        kept.append((module, output))
+    def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if not isinstance(module, kinds):
+            return None
+        outputs.append(output)
+        biases.append(module.forward(torch.zeros_like(inputs[0][:1])))
         return output.clone()  # for what follows in place: torchvision's ReLU and +=
 
-    kinds = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # a ResNet's convolutions have no bias
-    hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, kinds)]
     x = x.detach().requires_grad_()
-    logits = model(x).gather(1, target[:, None])[:, 0]
-    first, *gradients = torch.autograd.grad(logits.sum(), [x, *(output for _, output in kept)])
-    for hook in hooks:
-        hook.remove()
-    terms = [first * x]
-    for (module, output), gradient in zip(kept, gradients, strict=True):
-        bias = module.bias
-        if not isinstance(module, nn.Linear):
-            shift = module.running_mean / (module.running_var + module.eps).sqrt()
-            bias = bias - shift * module.weight
-        terms.append(gradient * bias.view(1, -1, *[1] * (output.ndim - 2)))
-    return [term.detach() for term in terms]
+    with nn.modules.module.register_module_forward_hook(keep):
+        logits = model(x).gather(1, target[:, None])
+    first, *gradients = torch.autograd.grad(logits.sum(), [x, *outputs])
+    terms = [gradient * bias for gradient, bias in zip(gradients, biases, strict=True)]
+    return [term.detach() for term in (first * x, *terms)]
 
 
 def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,6 @@ LAND_COVER = (  # DFC2020's labels 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
 IGNORED = 255  # in masks given to the loss
-UNKNOWN = 254  # while masks are read: an id that nobody has named
 LEARNING_RATE = 0.03  # at the start
 ENCODE_BATCH = 16
 CACHE = 0.5  # the share of free memory that feature maps may fill
@@ -80,8 +79,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, metavar="PX", help="square cut from each tile's middle (the whole)")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training tiles (default) or as the encoder was pre-trained with")
-    add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
-        "as pre-trained (default), or of the unlabelled training tiles")
     add("--epochs", type=int, default=100, help="(100, paper)")
     add("--batch-size", type=int, default=16)
     add("--seeds", type=int, default=1, metavar="K", help="0..K-1: decoder, draws, new weights (1)")
@@ -96,8 +93,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < value:
             flag = name.replace("_", "-")
             fail(2, f"--{flag} {getattr(args, name)}: must be at least {value}")
-    if args.weights == "scratch" and (args.bn, args.stats) != ("encoder", "train"):
-        fail(2, "--weights scratch trains the encoder: --bn and --stats do not apply")
+    if args.weights == "scratch" and args.stats != "train":
+        fail(2, "--weights scratch trains the encoder: --stats does not apply")
     if args.dataset == "dfc2020":
         if args.classes not in (None, "8", "10"):
             fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
@@ -111,7 +108,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
             fail(2, f"--ignore {args.ignore}: give whole numbers, as --ignore=-1,255")
         names = [name.strip() for name in args.classes.split(",")]
-        if not all(names) or not 1 < len({*names}) == len(names) < UNKNOWN:
+        if not all(names) or not 1 < len({*names}) == len(names) < IGNORED:
             fail(2, f"--classes {args.classes}: give two or more different names, as crops,forest")
         args.ignore, args.classes = sorted(map(int, args.ignore.split(","))), names
         args.s1_bands, args.s2_bands = args.s1_bands.split(","), args.s2_bands.split(",")
@@ -274,7 +271,7 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         other = json.loads(path.read_text())
         alike = other["config"].get("task") in tasks and all(
-            other["config"][key] in (None, config[key]) for key in ("arch", "bn")
+            other["config"].get(key) in (None, config.get(key)) for key in ("arch", "bn")
         )  # None: the floor has neither
         if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
             results.append(other)
@@ -423,13 +420,6 @@ def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
-
-
-def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches."""
-    with autocast(next(encoder.parameters()).device):
-        images = (for_encoder(encoder, batch) for batch in batches)
-        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -658,8 +648,7 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
 def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarray]:
     """The middle of each mask, and where that is: `masks` and `windows` of Tiles."""
     ids = [i for i in range(len(args.classes) + len(args.ignore)) if i not in args.ignore]
-    numbers = {id: number for number, id in enumerate(ids[: len(args.classes)])}
-    numbers |= dict.fromkeys(args.ignore, IGNORED)
+    ids = ids[: len(args.classes)]
     masks, windows = [], []
     for path in paths:
         whole = bandcrop.read(path)[0]  # of any type
@@ -669,10 +658,10 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
             fail(1, f"{path} is {height} x {width}: give --size, at most the smallest tile's")
         top, left = (height - side) // 2, (width - side) // 2
         cut = whole[top : top + side, left : left + side]
-        mask = np.full(cut.shape, UNKNOWN, np.uint8)
-        for id, number in numbers.items():
+        mask = np.full(cut.shape, IGNORED, np.uint8)
+        for number, id in enumerate(ids):
             mask[cut == id] = number
-        if (strange := cut[mask == UNKNOWN]).size:
+        if (strange := cut[~np.isin(cut, ids + args.ignore)]).size:
             fail(1, f"{path}: holds {strange[0]}: neither named by --classes nor in --ignore")
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
@@ -772,12 +761,11 @@ def draw_maps(
 # -------------------------------------------------------------------------------------- one run
 def train_and_predict(
     args: argparse.Namespace, tiles: Tiles, rows: np.ndarray, test: np.ndarray, bands: list[str],
-    norm: np.ndarray, seed: int, device: torch.device,
+    norm: np.ndarray, seed: int,
 ) -> tuple[np.ndarray, dict[str, Any], dict[str, float]]:  # fmt: skip
     """Classes of the test tiles, uint8 [N, S, S], by a decoder that learnt from the tiles `rows`;
     what is to be saved of its training; the seconds that each part took."""
-    clock = [time.perf_counter()]
-    scratch = args.weights.source == "scratch"
+    clock, device, scratch = [time.perf_counter()], args.device, args.weights.source == "scratch"
     encoder = load_encoder(args.weights, args.arch, len(bands), seed).requires_grad_(scratch)
     torch.manual_seed(seed)
     head = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(args.classes))
@@ -785,10 +773,6 @@ def train_and_predict(
     model.to(device, memory_format=torch.channels_last)
     images = torch.cat([x.clone() for x in read_images(tiles, rows, bands, norm, device)])
     clock.append(time.perf_counter())
-    if args.bn == "reestimate":
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)
-        parts = order.tensor_split(count_batches(len(rows), ENCODE_BATCH))
-        reestimate_batchnorm(encoder, (images[part] for part in parts))
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     x = images if scratch else encode(encoder, images)
     clock.append(time.perf_counter())
@@ -801,11 +785,9 @@ def train_and_predict(
     return said, about, dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
 
 
-def run(
-    args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int, device: torch.device
-) -> Path:
+def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> Path:
     """One band (or three) and one seed: split, train and predict, measure, draw, write."""
-    weights, classes = args.weights, args.classes
+    weights, classes, device = args.weights, args.classes, args.device
     drawn, used, test = split_tiles(tiles, args, seed)
     scope = {"dataset": args.dataset, "split": args.split, "subset": len(drawn)}
     settings = {
@@ -813,9 +795,9 @@ def run(
         "lr": LEARNING_RATE, "stats": args.stats, "classes": classes, "ignored": args.ignore,
         "files": tiles.digest, "places": tiles.bands, "bf16": native_bf16(device),
     }  # fmt: skip
-    encoding = {"bn": args.bn, "arch": weights.metadata.get("arch", args.arch)}
+    arch = weights.metadata.get("arch", args.arch)
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
-    identity = digest_of([task, bands, encoding, weights.name, weights.sha256])
+    identity = digest_of([task, bands, arch, weights.name, weights.sha256])
     parts = [args.dataset, args.split, str(len(drawn)), weights.name, "+".join(bands)]
     path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
     png = path.with_name(f"{path.stem}-maps.png")
@@ -827,7 +809,7 @@ def run(
     print(f"{title}: {len(drawn)} tiles to train ({len(drawn) - len(used)} of them without a pixel "
           f"that counts), {len(test)} to test", flush=True)  # fmt: skip
     norm = band_statistics(tiles, drawn, bands, args)
-    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed, device)
+    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed)
     truth = tiles.masks[test]
     metrics = map_metrics(truth, said, classes)
     if args.maps:
@@ -840,8 +822,8 @@ def run(
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
         "weights": {"name": weights.name, "source": weights.source, "sha256": weights.sha256},
-        "config": settings | encoding | about | {
-            "task": task, "identity": identity, "train": len(used), "test": len(test),
+        "config": settings | about | {
+            "task": task, "identity": identity, "arch": arch, "train": len(used), "test": len(test),
             "root": str(args.root), "device": device.type, "synthetic": tiles.synthetic,
             "unseen_bands": unseen, "encoder": weights.metadata,
         },
@@ -860,7 +842,7 @@ def run(
 
 def main(args: argparse.Namespace) -> None:
     try:
-        device = find_device(args.device)
+        args.device = find_device(args.device)
         args.weights = find_weights(args.weights)
         open_folder(args.out)
         tiles = list_tiles(args)
@@ -870,17 +852,14 @@ def main(args: argparse.Namespace) -> None:
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
         print(f"{len(tiles.names)} tiles, {len(args.classes)} classes; {args.weights.name} "
-              f"({args.weights.source}) on {device}, {'bf16' if native_bf16(device) else 'fp32'}",
-              flush=True)  # fmt: skip
-        paths = [
-            run(args, tiles, bands, seed, device) for bands in asked for seed in range(args.seeds)
-        ]
+              f"({args.weights.source}) on {args.device}", flush=True)  # fmt: skip
+        paths = [run(args, tiles, bands, seed) for bands in asked for seed in range(args.seeds)]
         for metric in ("miou", "aa"):
             print_table(args.out, paths, metric)
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
     except torch.OutOfMemoryError:
-        fail(1, f"{device} has too little memory: lower --batch-size, --num-images or --size")
+        fail(1, f"{args.device} has too little memory: lower --batch-size, --num-images or --size")
 
 
 if __name__ == "__main__":

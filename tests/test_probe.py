@@ -1,6 +1,7 @@
 """probe.py: measures, splits, bands, weights, frozenness, results that are never stale."""
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -114,6 +115,8 @@ def test_f1_averages_over_the_classes_of_the_truth_as_scikit_learn_does_when_tol
     expected = f1_score(truth, said, average=None, labels=range(5))
     assert list(found["f1_per_class"].values()) == pytest.approx(expected)
     assert found["confusion"] == confusion_matrix(truth, said, labels=range(7)).tolist()
+    by_hand = probe.f1_metrics(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2]), list("abc"))
+    assert by_hand["f1_macro"] == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def features(n=200, seed=0):
@@ -508,9 +511,20 @@ def test_what_is_no_weights_file_is_named_without_advice_to_load_it(
     assert "weights_only" not in refused(capsys, 1, argv, "w.pth", told)
 
 
+class Tiny(torch.nn.Module):
+    """An encoder in a hundredth of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.width = 1, 4
+        self.conv1, self.bn1 = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn1(self.conv1(x)).relu().mean((2, 3))
+
+
 def write_encoder(path: Path, bands=("Red", "SAR1"), encoder=None, **more) -> Path:
-    torch.manual_seed(5)
-    encoder = encoder or probe.build_encoder("resnet18", 1)
+    encoder = encoder or Tiny()
     metadata = {"name": "RS-BYOL-1", "arch": "resnet18", "mode": "single", "synthetic": "true",
                 "bands": json.dumps(bands), "mean": json.dumps([100.0] * len(bands)),
                 "std": json.dumps([50.0] * len(bands))} | more  # fmt: skip
@@ -519,7 +533,7 @@ def write_encoder(path: Path, bands=("Red", "SAR1"), encoder=None, **more) -> Pa
     return path
 
 
-def test_our_own_encoder_is_loaded_and_its_bands_and_statistics_are_told(photos, tmp_path, capsys):
+def test_our_own_encoders_bands_and_statistics_are_used_and_told(photos, tmp_path, capsys, quick):
     file = write_encoder(tmp_path / "encoder.safetensors", epoch="7")
     probe_run(photos, tmp_path, "--stats", "encoder", weights=file)
     probe_run(photos, tmp_path, weights=file, band="Green")
@@ -554,10 +568,10 @@ def test_weights_that_are_no_encoder_are_refused(photos, tmp_path, capsys):
 
 
 def test_without_weights_the_users_own_encoder_is_probed_and_else_a_random_one(
-    photos, tmp_path, monkeypatch, capsys
+    photos, tmp_path, monkeypatch, capsys, quick
 ):
     monkeypatch.chdir(tmp_path)
-    argv = [word for word in settings(photos, "out", "--head", "linear") if word != "random"]
+    argv = [word for word in settings(photos, "out") if word != "random"]
     argv.remove("--weights")
     probe.main(probe.arguments(argv))
     assert "weights: random" in capsys.readouterr().out.splitlines()[0]
@@ -577,19 +591,6 @@ def test_imagenet_without_network_names_the_file_alternative(photos, tmp_path, c
 
 
 # ---------------------------------------------------------------------------------- frozenness
-def test_the_encoder_is_in_eval_mode_and_equal_after_training(photos, tmp_path, monkeypatch):
-    seen = {}
-
-    def spy(encoder, before):
-        seen["same"] = all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-        seen["eval"] = not any(module.training for module in encoder.modules())
-        seen["frozen"] = not any(p.requires_grad for p in encoder.parameters())
-
-    monkeypatch.setattr(probe, "assert_unchanged", spy)
-    probe_run(photos, tmp_path)
-    assert seen == {"same": True, "eval": True, "frozen": True}
-
-
 def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
     photos, tmp_path, monkeypatch, capsys
 ):
@@ -638,8 +639,17 @@ def test_features_are_float32_though_the_encoder_computes_in_bf16_and_must_be_fi
 
 # -------------------------------------------------------------------------------------- results
 def test_a_result_follows_the_schema_and_a_rerun_skips_it(photos, tmp_path, monkeypatch, capsys):
+    seen, prove = [], probe.assert_unchanged
+
+    def spy(encoder, before):
+        prove(encoder, before)
+        still = [not module.training for module in encoder.modules()]
+        seen.append(all(still) and not any(p.requires_grad for p in encoder.parameters()))
+
+    monkeypatch.setattr(probe, "assert_unchanged", spy)
     argv = (photos, tmp_path, "--seeds", 2, "--subset", 24)
     probe_run(*argv)
+    assert seen == [True, True]
     first, second = sorted(results(tmp_path), key=lambda r: r["seed"])
     assert first["schema"] == 1 and first["stage"] == "probe" and first["dataset"] == "eurosat-rgb"
     assert (first["split"], first["subset"], first["bands"]) == ("random", 24, ["Red"])
@@ -774,7 +784,7 @@ def test_maps_are_added_to_a_finished_run_without_touching_it(photos, tmp_path):
     probe_run(photos, tmp_path)
     [path] = tmp_path.iterdir()
     before = path.read_bytes(), path.stat().st_mtime_ns
-    probe_run(photos, tmp_path, "--cam", 4)
+    probe_run(photos, tmp_path, "--cam", 2)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert Image.open(path.with_name(path.stem + "-cam.png")).size[0] > 500
 
@@ -855,18 +865,20 @@ def test_fine_tuning_trains_the_encoder_for_enough_steps_and_says_how(
     monkeypatch.setattr(probe, "fine_tune", lambda *a: models.append(tune(*a)) or models[-1])
     ahead = probe.read_ahead
     monkeypatch.setattr(probe, "read_ahead", lambda *a: drawn.append(sorted(a[1])) or ahead(*a))
+    tiny = Tiny()
+    monkeypatch.setattr(probe, "load_encoder", lambda *_: copy.deepcopy(tiny))
     file = write_encoder(tmp_path / "e.safetensors")
     probe_run(photos, tmp_path, "--finetune", "--epochs", 1, weights=file)
     [result] = results(tmp_path)
     assert result["weights"]["name"] == "RS-BYOL-1 fine-tuned"
-    config, before = result["config"], safetensors.torch.load_file(file)
+    config = result["config"]
     assert config["finetune"] and config["optimiser"] == "adamw"
     assert config["learning_rate"] in [rate for _, rate in config["tried"]]
     fit, test = drawn[0], drawn[2]
     assert [len(rows) for rows in drawn[:5]] == [19, 19, 5, 24, 24] and drawn[3] == drawn[4]
     for encoder, _ in models:
-        assert not torch.equal(encoder.conv1.weight, before["conv1.weight"])
-        assert not torch.equal(encoder.bn1.running_mean, before["bn1.running_mean"])
+        assert not torch.equal(encoder.conv1.weight, tiny.conv1.weight)
+        assert not torch.equal(encoder.bn1.running_mean, tiny.bn1.running_mean)
     assert not {*fit} & {*test}
 
 
@@ -888,7 +900,7 @@ def test_fullgrad_contributions_sum_to_the_logit():
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     model = model.double().eval()
-    x, target = torch.randn(3, 1, 40, 40, dtype=torch.float64), torch.tensor([0, 3, 1])
+    x, target = torch.randn(2, 1, 33, 33, dtype=torch.float64), torch.tensor([3, 1])
     terms = probe.fullgrad_terms(model, x, target)
     with torch.no_grad():
         logits = model(x).gather(1, target[:, None])[:, 0]
@@ -896,7 +908,7 @@ def test_fullgrad_contributions_sum_to_the_logit():
     torch.testing.assert_close(parts.sum(0), logits, rtol=1e-9, atol=1e-9)
     assert parts[1:].abs().sum() > logits.abs().sum()  # the bias terms matter in this model
     maps = probe.fullgrad(model, x, target)
-    assert maps.shape == (3, 40, 40) and (maps >= 0).all() and maps.std() > 0
+    assert maps.shape == (2, 33, 33) and (maps >= 0).all() and maps.std() > 0
 
 
 # ------------------------------------------------------------------------------ data and errors
