@@ -407,15 +407,13 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
     """Images of a table: image, label (needless for --embed) and, if it likes, split."""
     rows = read_table(path, ["image"])
     files = [str(path.parent / row["image"]) for row in rows]
-    geotiff, order = (
-        files[0].lower().endswith(TIFFS),
-        (bands_in_file or "Red,Green,Blue").split(","),
-    )
-    bands = band_places(order)
+    geotiff = files[0].lower().endswith(TIFFS)
+    order = (bands_in_file or "Red,Green,Blue").split(",")
     if geotiff and not bands_in_file:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
     if not geotiff and len(order) not in (1, 3):
         fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
+    bands = band_places(order)
     seen, spelt = {}, {}  # the line of each file, of each label
     for row, file in zip(rows, files, strict=True):
         at, label, split = f"{path} line {row['line']}:", row.get("label", "-"), row.get("split")
@@ -435,11 +433,12 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
             fail(1, f"{at} {file} has {has} bands, --bands-in-file names {len(order)}")
     names = [row["image"] for row in rows]
     part = [row["split"] for row in rows] if "split" in rows[0] else None
-    images = Images(names, [(file,) for file in files], bands, (len(order),), None, [], part)
-    if "label" not in rows[0]:
-        return images
-    classes, labels = np.unique([row["label"] for row in rows], return_inverse=True)
-    return images._replace(labels=labels, classes=classes.tolist())
+    labels, classes = None, []
+    if "label" in rows[0]:
+        found, labels = np.unique([row["label"] for row in rows], return_inverse=True)
+        classes = found.tolist()
+    files = [(file,) for file in files]
+    return Images(names, files, bands, (len(order),), labels, classes, part)
 
 
 def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
@@ -769,7 +768,7 @@ def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
     if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
         stages = dict(zip("014567", "conv1 bn1 layer1 layer2 layer3 layer4".split(), strict=True))
         return {
-            re.sub(r"encoder_q\.(\d)", lambda found: stages[found[1]], key): value
+            re.sub(r"encoder_q\.(\d)", lambda found: stages.get(found[1], "?"), key): value
             for key, value in held.items()
             if key.startswith("encoder_q.")
         }
