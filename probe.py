@@ -26,35 +26,44 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import bandcrop
 import numpy as np
+import safetensors.torch
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.special import stdtrit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 # ------------------------------------------------------------------------------------- settings
 HUB = "https://hf.co/datasets"
-REVISIONS = {  # repository on the hub, revision
-    "eurosat": "torchgeo/eurosat/resolve/1ce6f1bfb56db63fd91b6ecc466ea67f2509774c",
-    "eurosat-rgb": "torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd",
-    "resisc45": "isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e",
+EUROSAT = f"{HUB}/torchgeo/eurosat/resolve/1ce6f1bfb56db63fd91b6ecc466ea67f2509774c"
+EUROSAT_RGB = f"{HUB}/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd"
+RESISC45 = f"{HUB}/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e"
+DATASETS = {  # name: where it comes from; in a second line, where the lists for --split lie
+    "eurosat": f"unpack {EUROSAT}/EuroSATallBands.zip (md5 5ac12b3b2557aa56e1826e981e8e200e)"
+    f"\n  lists: {EUROSAT}/eurosat[-spatial]-{{train,val,test}}.txt",
+    "eurosat-rgb": f"unpack {EUROSAT_RGB}/EuroSAT.zip (md5 c8fa014336c82ac7804f0398fcb19387)"
+    f"\n  lists: {EUROSAT}/eurosat[-spatial]-{{train,val,test}}.txt",
+    "resisc45": f"unpack {RESISC45}/NWPU-RESISC45.zip (md5 75206b2e16446591afa88e2628744886)"
+    f"\n  lists: {RESISC45}/resisc45-{{train,val,test}}.txt",
+    "sen12ms": "rsync it from dataserv.ub.tum.de (user and password m1474000)"
+    "\n  lists: train_list.txt, test_list.txt of github.com/schmitt-muc/SEN12MS",
+    "csv": "give a CSV file with the columns image,label and, if it likes, split",
 }
-DOWNLOADS = """
-eurosat              eurosat      EuroSATallBands.zip        5ac12b3b2557aa56e1826e981e8e200e
-eurosat-rgb          eurosat-rgb  EuroSAT.zip                c8fa014336c82ac7804f0398fcb19387
-resisc45             resisc45     NWPU-RESISC45.zip          75206b2e16446591afa88e2628744886
-resisc45             resisc45     resisc45-train.txt         b5a4c05a37de15e4ca886696a85c403e
-resisc45             resisc45     resisc45-val.txt           a0770cee4c5ca20b8c32bbd61e114805
-resisc45             resisc45     resisc45-test.txt          3dda9e4988b47eb1de9f07993653eb08
-eurosat,eurosat-rgb  eurosat      eurosat-train.txt          908f142e73d6acdf3f482c5e80d851b1
-eurosat,eurosat-rgb  eurosat      eurosat-val.txt            95de90f2aa998f70a3b2416bfe0687b4
-eurosat,eurosat-rgb  eurosat      eurosat-test.txt           7ae5ab94471417b6e315763121e67c5f
-eurosat,eurosat-rgb  eurosat      eurosat-spatial-train.txt  7be3254be39f23ce4d4d144290c93292
-eurosat,eurosat-rgb  eurosat      eurosat-spatial-val.txt    acf392290050bb3df790dc8fc0ebf193
-eurosat,eurosat-rgb  eurosat      eurosat-spatial-test.txt   5ec1733f9c16116bf0aa2d921fc613ef
-"""  # data sets, revision, file, MD5
 TIFFS, PHOTOS = (".tif", ".tiff"), (".jpg", ".jpeg", ".png")
 SUFFIXES = {"eurosat": TIFFS, "eurosat-rgb": PHOTOS, "resisc45": PHOTOS}  # in folders by class
 EUROSAT_BANDS = "B01 B02 B03 B04 B05 B06 B07 B08 B09 B10 B11 B12 B8A".split()  # B8A is LAST
@@ -62,10 +71,8 @@ SIMPLE_IGBP = [0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6, 8, 9, 10]  # by IGBP
 LAND_COVER = (  # the simplified classes 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
-SIZES = {"eurosat": 64, "eurosat-rgb": 64}  # the images' own; 128 else
 OTHERS = {  # weights that are not ours: the name in the paper's tables
     "imagenet": "ImageNet supervised",
-    "imagenet-v2": "ImageNet supervised V2",
     "byol-imagenet": "BYOL ImageNet",
     "seco": "SeCo",
     "coco": "MS-COCO DeepLabV3",
@@ -90,128 +97,64 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(2, f"{message} (see --help)")  # type: ignore
     add = parser.add_argument
-    add("--dataset", choices=[*SUFFIXES, "sen12ms", "csv"])
+    add("--dataset", choices=[*DATASETS])
     add("--root", type=Path, help="its folder, or FILE.csv: image,label[,split] (data/<dataset>)")
-    add("--download", action="store_true", help="fetch eurosat, eurosat-rgb, resisc45 into --root")
     add("--band", "--bands", dest="bands", help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
     add("--bands-in-file", help="csv: the files' bands in order (photos: Red,Green,Blue, or one)")
     add("--weights", help="encoder.safetensors of pretrain.py (runs/rs-byol-1's where it is, else "
-        "random); random; scratch: random and --finetune; stats: the floor, twelve statistics of "
-        "each band; imagenet, imagenet-v2, coco; imagenet:, byol-imagenet:, seco:, coco:FILE")
-    add("--export", type=Path, metavar="FILE", help="write these weights in our format, which "
-        "segment.py takes, and end")
-    add("--finetune", action="store_true", help="train the encoder too: AdamW, one cycle, flips "
-        "and turns; learning rate chosen on the validation part")
+        "random); random; scratch; stats: the floor, twelve statistics of each band; imagenet, "
+        "coco: torchvision's; imagenet:, byol-imagenet:, seco:, coco:FILE")
+    add("--export", type=Path, metavar="FILE", help="others' weights, as segment.py takes them")
+    add("--finetune", action="store_true", help="train the encoder too; scratch: from random")
     add("--arch", choices=ARCHS, default="resnet50", help="of random, scratch and imagenet")
-    add("--split", choices=["random", "official", "spatial"], help="random: 80/20, stratified, by "
-        "seed (default); official, spatial: the published lists, or the csv's own column")
-    add("--subset", type=int, metavar="N", help="N images, stratified, drawn anew for each seed: "
-        "7000 is the paper's EuroSAT 7K, 5000 its Sen12MS 5K")
-    add("--train-images", type=int, metavar="N", help="learn from N labels, stratified, drawn anew "
-        "for each seed; the test set stays as it is")
+    add("--split", choices=["random", "official", "spatial"], help="random: 80/20, stratified "
+        "(default); official, spatial: the published lists, or the csv's own column")
+    add("--subset", type=int, metavar="N", help="N images (7000: EuroSAT 7K, 5000: Sen12MS 5K)")
+    add("--train-images", type=int, metavar="N", help="learn from N; the test set stays as it is")
     add("--size", type=int, metavar="PX", help="side of the encoder's input (EuroSAT 64, else 128)")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training images (default) or as the encoder was pre-trained with")
     add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
-        "as pre-trained (default), or of the unlabelled training images; frozen after that")
-    add("--head", choices=["mlp", "linear", "knn"], default="mlp", help="mlp (paper), linear: "
-        "logistic regression, knn: nearest neighbours; both on standardised features")
-    add("--epochs", type=int, default=100, help="of the head mlp, or of --finetune (100, paper; "
-        f"--finetune takes at least {FINETUNE_STEPS} steps)")
-    add("--seeds", type=int, default=1, metavar="K", help="seeds 0..K-1 of head, split, subset, "
-        "random weights (1)")
-    add("--embed", type=Path, metavar="FILE.npz", help="write the features of every image, "
-        "labelled or not, and end; bands standardised over all of them")
+        "as pre-trained (default), or of the unlabelled training images")
+    add("--head", choices=["mlp", "linear", "knn"], default="mlp", help="the paper's (default), "
+        "logistic regression or nearest neighbours, both on standardised features")
+    add("--epochs", type=int, default=100, help="of mlp, or of --finetune (100, paper)")
+    add("--seeds", type=int, default=1, metavar="K", help="0..K-1: split, draws, new weights (1)")
+    add("--embed", type=Path, metavar="FILE.npz", help="features of every image; trains nothing")
     add("--cam", type=int, default=0, metavar="K", help="FullGrad maps of K test images (PNG)")
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
     # fmt: on
-    for name, least in (("size", 32), ("epochs", 1), ("seeds", 1), ("cam", 0),
-                        ("subset", 1), ("train_images", 1)):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < least:
-            fail(2, f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if not args.dataset and not args.export:
-        fail(2, f"--dataset is missing: one of {', '.join([*SUFFIXES, 'sen12ms', 'csv'])}")
-    args.root = args.root or Path("data") / str(args.dataset)
-    if args.download:
-        download(args.dataset, args.root)
-        if not args.bands:
-            raise SystemExit(0)
-    args.weights = find_any_weights(args.weights)
-    source, others = args.weights.source, args.weights.name in OTHERS.values()
-    if args.export and (not others or args.weights.tensors):
-        fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
+    least = {"size": 32, "epochs": 1, "seeds": 1, "cam": 0, "subset": 1, "train_images": 1}
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            flag = name.replace("_", "-")
+            fail(2, f"--{flag} {getattr(args, name)}: must be at least {value}")
     if args.export:
+        if str(args.weights).partition(":")[0] not in OTHERS:
+            fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
         return args
-    args.size = args.size or SIZES.get(args.dataset, 128)
-    if source == "scratch" or (args.finetune and source == "random"):  # which are the same
-        args.finetune, args.weights = True, find_weights("scratch")
-    for wrong, message in (
-        (args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"),
-         "training the encoder too: --head, --bn and --stats do not apply"),
-        (source == "stats" and (args.finetune or args.cam or args.bn != "encoder"),
-         "--weights stats has no network: --finetune, --cam and --bn do not apply"),
-        (args.cam and args.head != "mlp",
-         f"--cam goes back through the paper's head: not with --head {args.head}"),
-        (args.embed and args.finetune, "--embed trains nothing: not with --finetune or scratch"),
-        (not args.bands, "--band is missing: RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; or all"),
-        (not args.root.exists(), missing_data(args.dataset, args.root)),
-    ):  # fmt: skip
-        if wrong:
-            fail(2, message)
+    if not args.dataset:
+        fail(2, f"--dataset is missing: one of {', '.join(DATASETS)}")
+    if not args.bands:
+        fail(2, "--band is missing: RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; or all")
+    if args.weights == "scratch" or (args.finetune and args.weights == "random"):  # the same
+        args.finetune, args.weights = True, "scratch"
+    if args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"):
+        fail(2, "training the encoder too: --head, --bn and --stats do not apply")
+    if args.weights == "stats" and (args.finetune or args.cam or args.bn != "encoder"):
+        fail(2, "--weights stats has no network: --finetune, --cam and --bn do not apply")
+    if args.cam and args.head != "mlp":
+        fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
+    if args.embed and args.finetune:
+        fail(2, "--embed trains nothing: not with --finetune or scratch")
+    args.root = args.root or Path("data") / args.dataset
+    if not args.root.exists():
+        fail(2, f"{args.root}: no {args.dataset} there; {DATASETS[args.dataset]}")
     args.root = args.root.resolve()  # one of the things that a result is known by
-    open_folder(args.embed.parent if args.embed else args.out)
+    args.size = args.size or (64 if args.dataset.startswith("eurosat") else 128)
     return args
-
-
-def sources(dataset: str) -> list[tuple[str, str]]:
-    """(URL, MD5) of each file of a data set, the archive first; none where it cannot be fetched."""
-    rows = [line.split() for line in DOWNLOADS.strip().splitlines()]
-    return [
-        (f"{HUB}/{REVISIONS[revision]}/{file}", md5)
-        for names, revision, file, md5 in rows
-        if dataset in names.split(",")
-    ]
-
-
-def missing_data(dataset: str, root: Path) -> str:
-    """Two lines: what is not there, and how to get it."""
-    if dataset == "csv":
-        return f"{root}: no such file\n  it has the columns image,label and, if it likes, split"
-    if dataset == "sen12ms":
-        return (
-            f"{root}: no SEN12MS with its lc tiles there; give its folder as --root\n"
-            "  it comes by rsync from dataserv.ub.tum.de (user and password m1474000)"
-        )
-    (url, md5), *_ = sources(dataset)
-    return (
-        f"{root}: no {dataset} there; get it with: python probe.py --dataset {dataset} "
-        f"--root {root} --download\n  or unpack {url} (md5 {md5}) there"
-    )
-
-
-def download(dataset: str, root: Path) -> None:
-    """Fetch and unpack a data set with its split lists; `root` appears once all of it is there."""
-    if not sources(dataset):
-        fail(2, f"--download does not know {dataset}: " + missing_data(dataset, root))
-    if root.exists() and any(root.iterdir()):
-        fail(2, f"--download: {root} is not empty; remove it or choose another --root")
-    from torchvision.datasets.utils import download_and_extract_archive, download_url
-
-    part = root.with_name(root.name + ".part")
-    for url, md5 in sources(dataset):
-        fetch = download_and_extract_archive if url.endswith(".zip") else download_url
-        try:
-            fetch(url, str(part), md5=md5)  # keeps what an interrupted run has fetched
-        except (OSError, RuntimeError) as error:
-            fail(1, f"--download: {url}: {str(error).splitlines()[0]}; run it again to go on")
-    for archive in part.glob("*.zip"):
-        archive.unlink()
-    if root.exists():
-        root.rmdir()  # empty, as checked above
-    part.rename(root)
 
 
 # >>> shared: bands
@@ -242,54 +185,8 @@ def fail(status: int, message: str) -> NoReturn:
 # <<< shared: bands
 
 
-# >>> shared: files
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-# <<< shared: files
-
-
-# >>> shared: table
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
-    if not path.is_file():
-        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(1, f"{path}: not a readable UTF-8 text ({error})")
-    header = [name.strip() for name in next(csv.reader([lines[0]]), [])]
-    if any(header.count(column) != 1 for column in columns):
-        fail(1, f"{path} line 1: {lines[0][:80]!r} lacks one of the columns {','.join(columns)}, "
-                "or commas between them")  # fmt: skip
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            values = next(csv.reader([line], strict=True), [])
-        except csv.Error as error:
-            fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
-        if values and len(values) != len(header):
-            fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
-        if values:
-            rows.append(dict(zip(header, values, strict=True)) | {"line": str(number)})
-    if not rows:
-        fail(1, f"{path}: no row under the header {','.join(header)}")
-    return rows
-
-
-# <<< shared: table
-
-
 # >>> shared: results
+ARCHS = ("resnet18", "resnet34", "resnet50")
 TRIPLES = {
     "RGB": ["Red", "Green", "Blue"],
     "RE": ["RE5", "RE6", "RE7"],
@@ -326,17 +223,51 @@ def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list
     return [bands]
 
 
-def open_folder(folder: Path) -> None:
-    """Make the folder of the results, or refuse it; clear it of what killed runs left half."""
+def read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
+    if not path.is_file():
+        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
+    number, header, rows = 0, [], []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(2, f"{folder}: cannot be made ({error.strerror}); choose another folder")
-    if not os.access(folder, os.W_OK):
-        fail(2, f"{folder}: not writable; choose another folder")
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+            values = next(csv.reader([line], strict=True), [])  # alone: a quote ends on its line
+            if not header:
+                header = [name.strip() for name in values]
+                if any(header.count(column) != 1 for column in columns):
+                    fail(1, f"{path} line {number}: {line[:80]!r} lacks one of the columns "
+                            f"{','.join(columns)}, or commas between them")  # fmt: skip
+            elif values and len(values) != len(header):
+                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+            elif values:
+                rows.append(dict(zip(header, values, strict=True)) | {"line": number})
+    except UnicodeDecodeError as error:
+        fail(1, f"{path}: no UTF-8 text ({error})")
+    except csv.Error as error:
+        fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
+    if not rows:
+        fail(1, f"{path}: no row under the header {','.join(header)}")
+    return rows
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder of the results, try to write there, sweep what killed runs left half."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     for part in folder.glob(".*.[0-9]*.part"):
         if not Path("/proc", part.name.split(".")[-2]).exists():  # the process that wrote it
             part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def digest_files(files: Iterable[str]) -> str:
@@ -373,40 +304,32 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(out: Path, paths: list[Path], metric: str) -> None:
-    """The metric of this run's results by band, beside random's and the floor's in `out`.
-
-    They stand beside it where config's "task" is equal: all that determines a result but weights.
-    Mean over seeds and half the width of the 95 % interval (Student's t) where there are several.
-    """
-    from scipy.special import stdtrit  # Student's quantile; here, as it takes a second to import
-
-    own = [json.loads(path.read_text()) for path in paths]
-    name, config = own[0]["weights"]["name"], own[0]["config"]
-    tasks = {result["config"]["task"] for result in own}
-    for path in sorted(out.glob("*.json")):
-        try:
-            other = json.loads(path.read_text())
-            alike = other["config"]["task"] in tasks and all(
-                other["config"][key] in (None, config[key]) for key in ("arch", "bn")
-            )  # None: the floor has neither
-            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
-                own.append(other)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # no result of this script
-    found: dict[str, dict[str, list[float]]] = {}  # name: band
-    for result in own:
-        bands = found.setdefault(result["weights"]["name"], {})
-        bands.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
+    """The metric by band, beside random's and the floor's where `out` has them for the same task:
+    mean over seeds, half the width of the 95 % interval (Student's t)."""
+    results = [json.loads(path.read_text()) for path in paths]
+    bands = dict.fromkeys("+".join(result["bands"]) for result in results)
+    name, config = results[0]["weights"]["name"], results[0]["config"]
+    tasks = {result["config"]["task"] for result in results}
+    for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
+        other = json.loads(path.read_text())
+        alike = other["config"].get("task") in tasks and all(
+            other["config"].get(key) in (None, config.get(key)) for key in ("arch", "bn")
+        )  # None: the floor has neither
+        if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+            results.append(other)
+    columns: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        column = columns.setdefault(result["weights"]["name"], {})
+        column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
-    print("".join(f"{title:22}" for title in ("band", *found)).rstrip())
-    for band in found[name]:
+    print("".join(f"{title:22}" for title in ("band", *columns)).rstrip())
+    for band in bands:
         cells = [band]
-        for bands in found.values():
-            values = np.array(bands.get(band, []))
-            cells.append(f"{values.mean():.3f}" if len(values) else "-")
+        for values in (column.get(band, []) for column in columns.values()):
+            cells.append(f"{np.mean(values):.3f}" if values else "-")
             if len(values) > 1:
-                half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
-                cells[-1] += f" ± {half:.3f}"
+                error = np.std(values, ddof=1) / len(values) ** 0.5
+                cells[-1] += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
         print("".join(f"{cell:22}" for cell in cells).rstrip(), flush=True)
 
 
@@ -426,106 +349,6 @@ class Progress:
 # <<< shared: results
 
 
-# >>> shared: weights
-ARCHS = ("resnet18", "resnet34", "resnet50")
-OWN_WEIGHTS = Path("runs/rs-byol-1/encoder.safetensors")  # of `pretrain.py --mode single`
-NEW_WEIGHTS = {"random": "Random init", "scratch": "Scratch supervised"}
-
-
-class Weights(NamedTuple):
-    name: str  # as in the paper's tables
-    source: str  # the file; or what was typed
-    sha256: str | None  # of the file; None: new weights, drawn from the seed
-    metadata: dict[str, Any]  # pretrain.py's: arch, mode, epoch, ...; bands, mean, std as lists
-    tensors: dict[str, Any]  # by torchvision's names
-
-
-def find_weights(text: str | None) -> Weights:
-    """What --weights names, read and checked; torch is not needed yet."""
-    if text is None:
-        text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
-    if text in NEW_WEIGHTS:
-        return Weights(NEW_WEIGHTS[text], text, None, {}, {})
-    digest = hashlib.sha256(weights_file(Path(text), f"--weights {text}")).hexdigest()
-    others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
-    import safetensors
-
-    try:
-        with safetensors.safe_open(text, framework="np") as opened:
-            metadata: dict[str, Any] = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        for key in {"bands", "mean", "std"} & metadata.keys():
-            metadata[key] = json.loads(metadata[key])
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        fail(1, f"{text}: no whole safetensors file ({error}); {others}")
-    if not metadata.get("name") or metadata.get("arch") not in ARCHS:
-        fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
-    return Weights(metadata["name"], text, digest, metadata, tensors)
-
-
-def weights_file(file: Path, asked: str) -> bytes:
-    """The bytes of a file that may hold weights; what it is instead, where its start says so."""
-    if not file.is_file():
-        fail(2, f"{asked}: no file {file}; see --help for what --weights takes")
-    data = file.read_bytes()
-    start = data[:64].lstrip().lower()
-    for beginning, what in (
-        (b"<!doctype", "a web page: fetch it again"), (b"<html", "a web page: fetch it again"),
-        (b"version https://git-lfs", "a git-lfs pointer: run git lfs pull"),
-    ):  # fmt: skip
-        if start.startswith(beginning):
-            fail(1, f"{file}: is no weights file but {what}")
-    if not start:
-        fail(1, f"{file}: is empty: fetch it again")
-    return data
-
-
-def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
-    """Refuse bands that the weights cannot take; return those that the encoder never saw."""
-    if "conv1.weight" in weights.tensors:
-        channels = weights.tensors["conv1.weight"].shape[1]
-        if channels != len(bands) and (channels, len(bands)) != (3, 1):  # one is copied into three
-            named = f"{len(bands)} band{'s' * (len(bands) > 1)} ({', '.join(bands)})"
-            fail(2, f"{weights.source}: a {channels}-channel encoder, {named}: they must match")
-    unseen = [band for band in bands if band not in weights.metadata.get("bands", bands)]
-    if stats == "encoder" and (unseen or "mean" not in weights.metadata):
-        what = f"saw no {unseen[0]}" if unseen else "carries no statistics"
-        fail(2, f"--stats encoder: {weights.name} {what}; use --stats train")
-    return unseen
-
-
-# <<< shared: weights
-
-
-def find_any_weights(text: str | None) -> Weights:
-    """What --weights names, our own or others'; of others' the tensors are not loaded yet."""
-    kind, _, name = (text or "").partition(":")
-    if text == "stats":
-        return Weights("stats", "stats", None, {}, {})
-    if kind not in OTHERS:
-        return find_weights(text)
-    if not name and kind in ("byol-imagenet", "seco"):
-        fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
-    digest = name and hashlib.sha256(weights_file(Path(name), f"--weights {text}")).hexdigest()
-    return Weights(OTHERS[kind], str(text), digest or None, {}, {})
-
-
-if __name__ == "__main__":
-    ARGS = arguments()  # wrong use ends here, before the seconds that importing torch takes
-
-import torch  # noqa: E402
-import torchvision  # noqa: E402
-from torch import nn  # noqa: E402
-
-try:
-    import bandcrop
-except ImportError:
-    fail(2, "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first")
-
-
 # ----------------------------------------------------------------------------------------- data
 class Images(NamedTuple):
     names: list[str]
@@ -541,52 +364,31 @@ class Images(NamedTuple):
         return self.files[0][0].lower().endswith(TIFFS)
 
 
-class Setup(NamedTuple):
-    """How images reach the encoder."""
-
-    images: Images
-    bands: list[str]
-    size: int
-    mean: list[float]
-    std: list[float]
-    device: torch.device
-    spent: dict[str, Any]  # adds up: "read", seconds waited for files; "replaced", samples
-
-
 def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
     """Every image below `root`, in an order that does not depend on the disk."""
-    if dataset == "sen12ms":
-        return list_sen12ms(root)
     if dataset == "csv":
         return list_csv(root, bands_in_file)
+    if dataset == "sen12ms":
+        return list_sen12ms(root)
     everything = glob.glob(f"{glob.escape(str(root))}/**/*", recursive=True)  # hidden files aside
     found = sorted(Path(p) for p in everything if p.lower().endswith(SUFFIXES[dataset]))
     if not found:
-        fail(2, missing_data(dataset, root))
+        fail(2, f"{root}: no {dataset} there; {DATASETS[dataset]}")
     above = sorted({str(path.parents[1]) for path in found})
     if len(above) > 1:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
-    names, files = [path.stem for path in found], [(str(path),) for path in found]
-    bands, counts = band_places(order), (len(order),)
-    twin = {path.name: str(path) for path in root.parent.glob("eurosat_s1/**/*.tif")}  # SAR
-    if dataset == "eurosat" and twin.keys() >= {path.name for path in found}:
-        files = [(str(path), twin[path.name]) for path in found]
-        bands, counts = bands | band_places(SEN12MS_S1, file=1), (len(order), 2)
     classes, labels = np.unique([path.parent.name for path in found], return_inverse=True)
-    return Images(names, files, bands, counts, labels, classes.tolist())
+    names, files = [path.stem for path in found], [(str(path),) for path in found]
+    return Images(names, files, band_places(order), (len(order),), labels, classes.tolist())
 
 
 def list_sen12ms(root: Path) -> Images:
     """A scene's label is the simplified class that covers most of the lc tile's IGBP layer."""
     names, files, labels = [], [], []
     for lc in sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS):
-        season, folder, tile = lc.relative_to(root).parts  # the season may end with _lc too
-        pair = [
-            root / re.sub("_lc$", f"_{kind}", season) / folder.replace("lc_", f"{kind}_")
-            / tile.replace("_lc_", f"_{kind}_")
-            for kind in ("s2", "s1")
-        ]  # fmt: skip
+        inner = str(lc.relative_to(root))
+        pair = [root / re.sub("(?<=[_/])lc(?=[_/])", kind, inner) for kind in ("s2", "s1")]
         igbp = bandcrop.read(str(lc), bands=[0])
         if not 0 <= igbp.min() <= igbp.max() <= 17:
             fail(1, f"{lc}: IGBP classes {igbp.min()} to {igbp.max()}, not 0 to 17: no lc tile?")
@@ -596,7 +398,7 @@ def list_sen12ms(root: Path) -> Images:
             files.append(tuple(map(str, pair)))
             labels.append(int(most) - 1)
     if not names:
-        fail(2, missing_data("sen12ms", root))
+        fail(2, f"{root}: no SEN12MS with its lc tiles there; {DATASETS['sen12ms']}")
     bands = band_places(SEN12MS_S2) | band_places(SEN12MS_S1, file=1)
     return Images(names, files, bands, (13, 2), np.array(labels), LAND_COVER)
 
@@ -605,36 +407,59 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
     """Images of a table: image, label (needless for --embed) and, if it likes, split."""
     rows = read_table(path, ["image"])
     files = [str(path.parent / row["image"]) for row in rows]
-    seen, spelt = {}, {}  # the first row of each file, of each label
-    for row, file in zip(rows, files, strict=True):
-        label, split = row.get("label", "-"), row.get("split", "train")
-        same = seen.setdefault(os.path.realpath(file), row)
-        alike = spelt.setdefault("".join(label.split()).lower(), row)
-        for wrong, fault in (
-            (not os.path.isfile(file), f"no file {file}"),
-            (same is not row, f"{row['image']} stands in line {same['line']} already"),
-            (split not in ("train", "val", "test"), f"split {split!r} is not train, val or test"),
-            (not label.strip(), "the label is empty"),
-            (label != alike.get("label", "-"),
-             f"label {label!r} is line {alike['line']}'s but for blanks or case; spell them alike"),
-            (file.lower().endswith(TIFFS) != files[0].lower().endswith(TIFFS),
-             "GeoTIFFs and photos in one table: make it two"),
-        ):  # fmt: skip
-            if wrong:
-                fail(1, f"{path} line {row['line']}: {fault}")
+    geotiff = files[0].lower().endswith(TIFFS)
     order = (bands_in_file or "Red,Green,Blue").split(",")
-    if files[0].lower().endswith(TIFFS) and not bands_in_file:
+    if geotiff and not bands_in_file:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
-    if not files[0].lower().endswith(TIFFS) and len(order) not in (1, 3):
+    if not geotiff and len(order) not in (1, 3):
         fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
+    bands = band_places(order)
+    seen, spelt = {}, {}  # the line of each file, of each label
+    for row, file in zip(rows, files, strict=True):
+        at, label, split = f"{path} line {row['line']}:", row.get("label", "-"), row.get("split")
+        line = seen.setdefault(os.path.realpath(file), row["line"])
+        spelling = spelt.setdefault("".join(label.split()).lower(), (label, row["line"]))
+        if not os.path.isfile(file):
+            fail(1, f"{at} no file {file}")
+        if line != row["line"]:
+            fail(1, f"{at} {row['image']} stands in line {line} already")
+        if split not in ("train", "val", "test", None):
+            fail(1, f"{at} split {split!r} is not train, val or test")
+        if not label.strip():
+            fail(1, f"{at} the label is empty")
+        if label != spelling[0]:
+            fail(1, f"{at} label {label!r} is line {spelling[1]}'s but for blanks or case")
+        if geotiff and (has := bandcrop.info(file).bands) != len(order):
+            fail(1, f"{at} {file} has {has} bands, --bands-in-file names {len(order)}")
     names = [row["image"] for row in rows]
-    images = Images(names, [(file,) for file in files], band_places(order), (len(order),), None, [])
-    if "split" in rows[0]:
-        images = images._replace(part=[row["split"] for row in rows])
+    part = [row["split"] for row in rows] if "split" in rows[0] else None
+    labels, classes = None, []
     if "label" in rows[0]:
-        classes, labels = np.unique([row["label"] for row in rows], return_inverse=True)
-        images = images._replace(labels=labels, classes=classes.tolist())
-    return images
+        found, labels = np.unique([row["label"] for row in rows], return_inverse=True)
+        classes = found.tolist()
+    files = [(file,) for file in files]
+    return Images(names, files, bands, (len(order),), labels, classes, part)
+
+
+def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
+    """train, val, test or "" for each image: the csv's column, or the lists published with the data
+    set; None where --split is random."""
+    if args.split == "random" or images.part:
+        return None if args.split == "random" else images.part
+    stem = args.dataset.removesuffix("-rgb") + "-spatial" * (args.split == "spatial")
+    lists = {part: f"{stem}-{part}.txt" for part in ("train", "val", "test")}
+    if args.dataset == "sen12ms" and args.split == "official":
+        lists = {"train": "train_list.txt", "test": "test_list.txt"}
+    parts: dict[str, str] = {}
+    for part, name in lists.items():
+        path = next((p for p in (args.root / name, args.root.parent / name) if p.is_file()), None)
+        if path is None:
+            fail(2, f"--split {args.split}: no list {args.root / name}; use --split random, or "
+                    f"{DATASETS[args.dataset]}")  # fmt: skip
+        for line in path.read_text("utf-8", "replace").split():
+            if parts.setdefault(Path(line).stem, part) != part:
+                fail(1, f"{path}: {line} stands in {lists[parts[Path(line).stem]]} too")
+    return [parts.get(name, "") for name in images.names]
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -647,27 +472,34 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
     return np.sort(np.concatenate([pool[:n] for pool, n in zip(pools, take, strict=True)]))
 
 
+class Split(NamedTuple):
+    fit: np.ndarray  # places in Images
+    val: np.ndarray  # to choose settings by
+    test: np.ndarray
+    listed: bool  # whether a list names the validation part
+
+    @property
+    def train(self) -> np.ndarray:
+        """What the chosen head learns from: `val` too, unless a list says that it is apart."""
+        return self.fit if self.listed else np.concatenate([self.fit, self.val])
+
+
 def split_images(
     labels: np.ndarray, parts: list[str] | None, args: argparse.Namespace, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Places of the fit, validation and test images; and whether a list names the validation part.
-
-    Without such a list it is a fifth of the training split, and the head is trained once more, on
-    the whole training split, when its settings are chosen.
-    """
-    rng, none = np.random.default_rng(seed), np.array([], int)
-    rows = np.arange(len(labels))
+) -> Split:
+    """By `parts`, or 80 to 20; without a listed validation part it is a fifth of the training."""
+    rng, rows = np.random.default_rng(seed), np.arange(len(labels))
     if args.subset is not None:
         if args.subset > len(rows):
             fail(2, f"--subset {args.subset}: {args.root} has {len(rows)} images")
         rows = stratified(labels, args.subset, rng)
     if parts is None:
         test = rows[stratified(labels[rows], round(0.2 * len(rows)), rng)]
-        fit, val = np.setdiff1d(rows, test), none
+        fit, val = np.setdiff1d(rows, test), rows[:0]
     else:
         fit, val, test = (rows[np.array(parts)[rows] == name] for name in ("train", "val", "test"))
     if args.train_images is not None:
-        fit, val = np.sort(np.concatenate([fit, val])), none
+        fit, val = np.sort(np.concatenate([fit, val])), rows[:0]
         if args.train_images > len(fit):
             fail(2, f"--train-images {args.train_images}: {len(fit)} are there to learn from")
         fit = fit[stratified(labels[fit], args.train_images, rng)]
@@ -679,33 +511,11 @@ def split_images(
     if min(len(fit), len(val), len(test), classes) < 2:
         fail(1, f"{args.root}, --split {args.split}: too few: {len(fit)} images of {classes} "
                 f"classes to fit, {len(val)} to validate, {len(test)} to test")  # fmt: skip
-    return fit, val, test, listed
-
-
-def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
-    """train, val, test or "" for each image: the csv's column, or the lists published with the data
-    set; None where --split is random."""
-    if args.split == "random" or images.part:
-        return images.part if args.split != "random" else None
-    stem = args.dataset.removesuffix("-rgb") + "-spatial" * (args.split == "spatial")
-    lists = {part: f"{stem}-{part}.txt" for part in ("train", "val", "test")}
-    if args.dataset == "sen12ms" and args.split == "official":
-        lists = {"train": "train_list.txt", "test": "test_list.txt"}
-    parts: dict[str, str] = {}
-    for part, name in lists.items():
-        path = next((p for p in (args.root / name, args.root.parent / name) if p.is_file()), None)
-        if path is None:
-            fail(2, f"--split {args.split}: no list {args.root / name}; use --split random")
-        for line in path.read_text("utf-8", "replace").split():
-            if parts.setdefault(Path(line).stem, part) != part:
-                fail(1, f"{path}: {line} stands in {lists[parts[Path(line).stem]]} too")
-    return [parts.get(name, "") for name in images.names]
+    return Split(fit, val, test, listed)
 
 
 def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray:
     """A JPEG or PNG as uint8 [bands, H, W], to `size` by Pillow's bicubic where it differs."""
-    from PIL import Image
-
     try:
         with Image.open(path) as opened:
             if opened.mode[0] in "IF":
@@ -735,13 +545,11 @@ def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
     if images.geotiff:
         mean, std = bandcrop.statistics(**which_bands(images, rows, bands))
     else:
-        count, total, squares = 0, np.zeros(len(bands)), np.zeros(len(bands))
-        where = [images.bands[band][1] for band in bands]
+        where, sums = [images.bands[band][1] for band in bands], 0
         for row in rows:
             photo = open_photo(images.files[row][0], None, *images.counts)[where].astype(float)
-            count += photo[0].size
-            total += photo.sum((1, 2))
-            squares += np.square(photo).sum((1, 2))
+            sums += np.array([np.ones_like(photo), photo, photo**2]).sum((2, 3))  # [3, C]
+        count, total, squares = sums
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     if (std == 0).any():
@@ -750,9 +558,28 @@ def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
     return mean.tolist(), std.tolist()
 
 
+class Setup(NamedTuple):
+    """How images reach the encoder."""
+
+    args: argparse.Namespace
+    images: Images
+    bands: list[str]
+    mean: list[float]
+    std: list[float]
+
+
+def set_up(args: argparse.Namespace, images: Images, bands: list[str], rows: np.ndarray) -> Setup:
+    """Bands standardised over the training images `rows`, or as the encoder's own."""
+    if args.stats == "train":
+        return Setup(args, images, bands, *band_statistics(images, rows, bands))
+    about = args.weights.metadata
+    where = [about["bands"].index(band) for band in bands]
+    return Setup(args, images, bands, *([about[key][i] for i in where] for key in ("mean", "std")))
+
+
 def read_ahead(setup: Setup, rows: np.ndarray) -> Iterator[torch.Tensor]:
     """Batches float32 [n, C, S, S] of the images `rows` in order; valid until the next one."""
-    images, channels_last = setup.images, torch.channels_last
+    images, size, device = setup.images, setup.args.size, setup.args.device
     parts = np.array_split(rows, -(-len(rows) // ENCODE_BATCH))  # never leaves a batch of one
     mean, std = (np.array(value, np.float32) for value in (setup.mean, setup.std))
     if images.geotiff:
@@ -761,25 +588,86 @@ def read_ahead(setup: Setup, rows: np.ndarray) -> Iterator[torch.Tensor]:
             | {"mean": np.tile(mean, (len(part), 1)), "std": np.tile(std, (len(part), 1))}
             for part in parts
         )
-        shape = (len(parts[0]), len(setup.bands), setup.size, setup.size)
-        for batch in bandcrop.stream(requests, shape, setup.device):
-            setup.spent["read"] += batch.waited
-            setup.spent["replaced"] += int(batch.report.replaced.sum())
-            yield batch.x.contiguous(memory_format=channels_last)
+        shape = (len(parts[0]), len(setup.bands), size, size)
+        for batch in bandcrop.stream(requests, shape, device):
+            yield batch.x.contiguous(memory_format=torch.channels_last)
         return
     where = [images.bands[band][1] for band in setup.bands]
     with ThreadPoolExecutor() as pool:
         for part in parts:
-            began = time.perf_counter()
             files = [images.files[row][0] for row in part]
-            photos = pool.map(lambda file: open_photo(file, setup.size, *images.counts), files)
+            photos = pool.map(lambda file: open_photo(file, size, *images.counts), files)
             x = (np.stack([*photos])[:, where] - mean[:, None, None]) / std[:, None, None]
-            setup.spent["read"] += time.perf_counter() - began
-            yield torch.from_numpy(x).to(setup.device).contiguous(memory_format=channels_last)
+            yield torch.from_numpy(x).to(device).contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------- encoder
 # >>> shared: encoder
+OWN_WEIGHTS = Path("runs/rs-byol-1/encoder.safetensors")  # of `pretrain.py --mode single`
+NEW_WEIGHTS = {"random": "Random init", "scratch": "Scratch supervised"}
+
+
+class Weights(NamedTuple):
+    name: str  # as in the paper's tables
+    source: str  # the file; or what was typed
+    sha256: str | None  # of the file; None: new weights, drawn from the seed
+    metadata: dict[str, Any]  # pretrain.py's: arch, mode, epoch, ...; bands, mean, std as lists
+    tensors: dict[str, Any]  # by torchvision's names
+
+
+def find_weights(text: str | None) -> Weights:
+    """What --weights names, read and checked."""
+    if text is None:
+        text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
+    if text in NEW_WEIGHTS:
+        return Weights(NEW_WEIGHTS[text], text, None, {}, {})
+    digest = weights_digest(text)
+    others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
+    try:
+        with safetensors.safe_open(text, "pt") as opened:
+            metadata: dict[str, Any] = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        for key in {"bands", "mean", "std"} & metadata.keys():
+            metadata[key] = json.loads(metadata[key])
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        fail(1, f"{text}: no whole safetensors file ({error}); {others}")
+    if not metadata.get("name") or metadata.get("arch") not in ARCHS:
+        fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
+    return Weights(metadata["name"], text, digest, metadata, tensors)
+
+
+def weights_digest(file: str) -> str:
+    """sha256 of a file that may hold weights; refuses what is something else by its first bytes."""
+    if not Path(file).is_file():
+        fail(2, f"--weights: no file {file}; see --help for what it takes")
+    data = Path(file).read_bytes()
+    start = data[:64].lstrip().lower()
+    if not start:
+        fail(1, f"{file}: is empty: fetch it again")
+    if start.startswith((b"<!doctype", b"<html")):
+        fail(1, f"{file}: is no weights file but a web page: fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        fail(1, f"{file}: is no weights file but a git-lfs pointer: run git lfs pull")
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
+    """Refuse bands that the weights cannot take; return those that the encoder never saw."""
+    if "conv1.weight" in weights.tensors:
+        channels = weights.tensors["conv1.weight"].shape[1]
+        if channels != len(bands) and (channels, len(bands)) != (3, 1):  # one is copied into three
+            named = f"{len(bands)} band{'s' * (len(bands) > 1)} ({', '.join(bands)})"
+            fail(2, f"{weights.source}: a {channels}-channel encoder, {named}: they must match")
+    unseen = [band for band in bands if band not in weights.metadata.get("bands", bands)]
+    if stats == "encoder" and (unseen or "mean" not in weights.metadata):
+        what = f"saw no {unseen[0]}" if unseen else "carries no statistics"
+        fail(2, f"--stats encoder: {weights.name} {what}; use --stats train")
+    return unseen
+
+
 def find_device(text: str) -> torch.device:
     """What --device names; auto: cuda where there is one, else cpu."""
     name = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -798,7 +686,7 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
     if channels != 3:
         encoder.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    encoder.width = encoder.fc.in_features  # D: 512 or 2048
+    encoder.channels, encoder.width = channels, encoder.fc.in_features  # D: 512 or 2048
     encoder.fc = nn.Identity()
     return encoder.eval()
 
@@ -808,10 +696,10 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
     torch.manual_seed(seed)
     if not weights.tensors:
         return build_encoder(arch, bands).requires_grad_(False)
-    tensors = {name: torch.as_tensor(value) for name, value in weights.tensors.items()}
     try:
-        encoder = build_encoder(weights.metadata["arch"], tensors["conv1.weight"].shape[1])
-        encoder.load_state_dict(tensors)
+        channels = weights.tensors["conv1.weight"].shape[1]
+        encoder = build_encoder(weights.metadata["arch"], channels)
+        encoder.load_state_dict(weights.tensors)
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
@@ -820,19 +708,12 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
 
 def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """[N, C, H, W]; one band is copied into three channels where the weights want three."""
-    return batch.expand(-1, encoder.conv1.in_channels, -1, -1)
+    return batch.expand(-1, encoder.channels, -1, -1)
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
-
-
-def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches."""
-    with autocast(next(encoder.parameters()).device):
-        images = (for_encoder(encoder, batch) for batch in batches)
-        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -857,71 +738,76 @@ def native_bf16(device: torch.device) -> bool:
 
 
 # ------------------------------------------------------------------------------- others' weights
-def others_tensors(weights: Weights, arch: str) -> Weights:
-    """The weights with the encoder's tensors by torchvision's names, from a layout of OTHERS."""
-    kind, _, name = weights.source.partition(":")
-    found = read_tensors(Path(name)) if name else download_tensors(kind, arch)
-    held = found.get("state_dict", found)
-    if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
-        values = found.get("online_backbone", {}).values()
-        tensors = dict(zip(build_encoder("resnet50", 3).state_dict(), values, strict=False))
-    else:
-        if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
-            stages = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
-            starts = {f"encoder_q.{place}.": f"{stage}." for place, stage in stages.items()}
-        else:  # "", "module.", "backbone.": whatever precedes the first convolution's name
-            firsts = [key for key in held if key.endswith("conv1.weight")]
-            starts = {min(firsts, key=len, default="").removesuffix("conv1.weight"): ""}
-        tensors = {
-            new + key.removeprefix(old): value
-            for key, value in held.items()
-            for old, new in starts.items()
-            if key.startswith(old) and not key.startswith(old + "fc.")
-        }
+def find_any_weights(text: str | None, arch: str) -> Weights:
+    """What --weights names: the floor, our own, or others' with torchvision's names."""
+    kind, _, file = (text or "").partition(":")
+    if text == "stats":
+        return Weights("stats", text, None, {}, {})
+    if kind not in OTHERS:
+        return find_weights(text)
+    if not file and kind in ("byol-imagenet", "seco"):
+        fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
+    digest = weights_digest(file) if file else None
+    found = read_tensors(file) if file else published(kind, arch)
+    tensors = by_torchvisions_names(kind, found)
     # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
     count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
     arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
     if not arch or "conv1.weight" not in tensors:
-        fail(1, f"{weights.source}: not the layout of {kind!r}: {count} tensors fit it, a ResNet "
-                f"has 100, 180 or 265; it holds {', '.join(list(found)[:3])} ...")  # fmt: skip
-    return weights._replace(tensors=tensors, metadata={"arch": arch})
+        fail(1, f"{text}: not the layout of {kind!r}: {count} tensors fit it, a ResNet has 100, "
+                f"180 or 265; it holds {', '.join(list(found)[:3])} ...")  # fmt: skip
+    return Weights(OTHERS[kind], str(text), digest, {"arch": arch}, tensors)
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
+def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's tensors in what a file of this kind of OTHERS holds."""
+    held = found.get("state_dict", found)
+    if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
+        names, values = build_encoder("resnet50", 3).state_dict(), found.get("online_backbone", {})
+        return dict(zip(names, values.values(), strict=False))
+    if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
+        stages = dict(zip("014567", "conv1 bn1 layer1 layer2 layer3 layer4".split(), strict=True))
+        return {
+            re.sub(r"encoder_q\.(\d)", lambda found: stages.get(found[1], "?"), key): value
+            for key, value in held.items()
+            if key.startswith("encoder_q.")
+        }
+    # "", "module.", "backbone.": whatever precedes the first convolution's name
+    firsts = [key for key in held if key.endswith("conv1.weight")]
+    start = min(firsts, key=len, default="").removesuffix("conv1.weight")
+    return {
+        key.removeprefix(start): value
+        for key, value in held.items()
+        if key.startswith(start) and not key.startswith(start + "fc.")
+    }
+
+
+def read_tensors(file: str) -> dict[str, Any]:
     """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
     try:
-        if file.suffix == ".safetensors":
-            import safetensors.torch
-
+        if file.endswith(".safetensors"):
             return safetensors.torch.load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
         return found if isinstance(found, dict) else {}
-    except Exception as error:  # whatever a broken file raises
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            fail(1, f"{file}: holds {named[1]} beside its tensors; nothing was executed. Where you "
-                    "trust it, save its 'state_dict' alone with torch.save")  # fmt: skip
-        fail(1, f"{file}: is no whole weights file: {str(error).splitlines()[0][:80]}")
+    except Exception:  # whatever a broken file raises
+        fail(1, f"{file}: is no whole weights file, or holds more than tensors (none of it was "
+                "executed): torch.save its 'state_dict' alone")  # fmt: skip
 
 
-def download_tensors(kind: str, arch: str) -> dict[str, torch.Tensor]:
+def published(kind: str, arch: str) -> dict[str, Any]:
     """torchvision's published weights, from torch hub's cache or the network, hash checked."""
-    name = f"{arch.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V{2 if kind[-1] == '2' else 1}"
-    if kind == "coco":
-        name = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
+    name = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
+    if kind == "imagenet":
+        name = f"{arch.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V1"
+    weights = torchvision.models.get_weight(name)
     try:
-        published = torchvision.models.get_weight(name)
-        return dict(published.get_state_dict(progress=False, check_hash=True))
-    except ValueError:
-        fail(2, f"--weights {kind}: torchvision has no {name}; use --arch resnet50")
+        return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        fail(1, f"--weights {kind}: {published.url} did not arrive ({error}); fetch it elsewhere "
-                f"and give {kind.removesuffix('-v2')}:FILE")  # fmt: skip
+        fail(1, f"--weights {kind}: {weights.url} did not arrive ({error}); use {kind}:FILE")
 
 
 def export(weights: Weights, path: Path) -> None:
     """Others' weights in our own format."""
-    import safetensors.torch
-
     encoder = load_encoder(weights, "", 3, 0)
     about = {"name": weights.name, "arch": weights.metadata["arch"], "source": weights.source}
     tensors = {key: value.contiguous() for key, value in encoder.state_dict().items()}
@@ -931,37 +817,63 @@ def export(weights: Weights, path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- features
-def encode(encoder: Callable, setup: Setup, rows: np.ndarray) -> torch.Tensor:
-    """Features float32 [n, D] on the device, by a frozen encoder or `image_statistics`."""
-    network = isinstance(encoder, nn.Module)
-    if network:
-        encoder.eval()  # else BatchNorm would use, and change with, the batch
+class BandStatistics(nn.Module):
+    """The floor that a network must clear, in an encoder's place: [N, C, H, W] -> [N, 12 C].
+
+    Of each band mean, standard deviation, minimum, maximum, percentiles 10, 25, 50, 75 and 90, mean
+    size of the gradient down and across, and the standard deviation of its length.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down, across = x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
+        ordered = x.flatten(2).sort(-1).values
+        shares = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
+        places = [round(share * (ordered.shape[2] - 1)) for share in shares]
+        measures = [
+            x.mean((2, 3)), x.std((2, 3)), *ordered[..., places].unbind(-1),
+            down.abs().mean((2, 3)), across.abs().mean((2, 3)),
+            torch.hypot(down, across).std((2, 3)),
+        ]  # fmt: skip
+        return torch.cat(measures, 1)
+
+
+def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
+    """Set each BatchNorm's running statistics to their mean over these batches."""
+    with autocast(next(encoder.parameters()).device):
+        images = (for_encoder(encoder, batch) for batch in batches)
+        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
+
+
+def prepare(setup: Setup, rows: np.ndarray, seed: int) -> nn.Module:
+    """The frozen encoder on the device, its BatchNorm re-estimated on `rows` where asked; or the
+    statistics that stand in for one."""
+    args = setup.args
+    if args.weights.name == "stats":
+        return BandStatistics(len(setup.bands))
+    encoder = load_encoder(args.weights, args.arch, len(setup.bands), seed)
+    encoder = encoder.to(args.device, memory_format=torch.channels_last)
+    if args.bn == "reestimate":
+        order = np.random.default_rng(seed).permutation(rows)
+        reestimate_batchnorm(encoder, read_ahead(setup, order))
+    return encoder
+
+
+def encode(encoder: nn.Module, setup: Setup, rows: np.ndarray) -> torch.Tensor:
+    """Features float32 [n, D] on the device."""
+    encoder.eval()  # else BatchNorm would use, and change with, the batch
     features, progress = [], Progress("encoding: batch")
-    with torch.no_grad(), autocast(setup.device):
+    with torch.no_grad(), autocast(setup.args.device):
         for x in read_ahead(setup, rows):
-            features.append(encoder(for_encoder(encoder, x) if network else x).float())
+            features.append(encoder(for_encoder(encoder, x)).float())
             progress(len(features), -(-len(rows) // ENCODE_BATCH))
     whole = torch.cat(features)
     if not whole.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
     return whole
-
-
-def image_statistics(x: torch.Tensor) -> torch.Tensor:
-    """The floor that a network must clear: [N, C, H, W] -> [N, 12 C].
-
-    Of each band mean, standard deviation, minimum, maximum, percentiles 10, 25, 50, 75 and 90, mean
-    size of the gradient down and across, and the standard deviation of its length.
-    """
-    x = x.float()
-    down, across = x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
-    ordered = x.flatten(2).sort(-1).values
-    places = [round(share * (ordered.shape[2] - 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)]
-    measures = [
-        x.mean((2, 3)), x.std((2, 3)), *ordered[..., places].unbind(-1),
-        down.abs().mean((2, 3)), across.abs().mean((2, 3)), torch.hypot(down, across).std((2, 3)),
-    ]  # fmt: skip
-    return torch.cat(measures, 1)
 
 
 # ---------------------------------------------------------------------------------------- heads
@@ -1004,38 +916,15 @@ def fit_heads(
     """Heads of a kind, one for each setting, on features [N, D] and labels int64 [N]."""
     if kind == "mlp":
         return fit_mlps(x, y, classes, settings, epochs)
-    from sklearn import linear_model, neighbors, pipeline, preprocessing
-
-    def fit(value: float) -> Any:
+    heads: list[Any] = []
+    for _, value in settings:
         if kind == "linear":  # mean cross-entropy + value * |W|^2
-            penalty = 1 / (2 * value * len(x))
-            head: Any = linear_model.LogisticRegression(C=penalty, max_iter=10_000)
+            head = LogisticRegression(C=1 / (2 * value * len(x)), max_iter=10_000)
         else:  # votes weighed by cosine similarity + 1
-            head = neighbors.KNeighborsClassifier(
-                min(int(value), len(x)), metric="cosine", weights=lambda far: 2 - far
-            )
-        model = pipeline.make_pipeline(preprocessing.StandardScaler(), head)
-        return model.fit(x.cpu().numpy(), y.cpu().numpy())
-
-    return [fit(value) for _, value in settings]
-
-
-def choose_head(
-    kind: str, x: torch.Tensor, y: torch.Tensor, fit: int, again: bool, classes: int, epochs: int
-) -> tuple[tuple, Any]:
-    """The setting with the best F1 on the validation rows, and its head.
-
-    x, y: the training split's features and labels, the first `fit` rows to fit, the rest to choose
-    by; with `again` the chosen head is trained anew on all of them.
-    """
-    heads = fit_heads(kind, CHOICES[kind], x[:fit], y[:fit], classes, epochs)
-    truth, names = y[fit:].cpu().numpy(), [str(label) for label in range(classes)]
-    scores = [f1_metrics(truth, predict(head, x[fit:]), names)["f1_macro"] for head in heads]
-    best = int(np.argmax(scores))
-    setting = CHOICES[kind][best]
-    if again:
-        return setting, fit_heads(kind, [setting], x, y, classes, epochs)[0]
-    return setting, heads[best]
+            near = min(int(value), len(x))
+            head = KNeighborsClassifier(near, metric="cosine", weights=lambda far: 2 - far)
+        heads.append(make_pipeline(StandardScaler(), head).fit(x.cpu().numpy(), y.cpu().numpy()))
+    return heads
 
 
 def predict(head: Any, x: torch.Tensor) -> np.ndarray:
@@ -1046,113 +935,97 @@ def predict(head: Any, x: torch.Tensor) -> np.ndarray:
         return torch.cat([head(part).argmax(1) for part in x.split(4096)]).cpu().numpy()
 
 
-def fine_tune(
-    args: argparse.Namespace, setup: Setup, rows: np.ndarray, rate: float, seed: int
-) -> tuple[nn.Module, nn.Module]:
+def fine_tune(setup: Setup, rows: np.ndarray, rate: float, seed: int) -> nn.Sequential:
     """Encoder and head, trained together on the images `rows`: AdamW, decay 0.05, one cycle, turned
     and mirrored batches; where the images are few, as many epochs as make FINETUNE_STEPS."""
-    images, encoder = setup.images, prepare(args, setup, rows, seed)
+    images, device, encoder = setup.images, setup.args.device, prepare(setup, rows, seed)
     torch.manual_seed(seed)
-    head = build_head(encoder.width, len(images.classes)).to(setup.device)
+    head = build_head(encoder.width, len(images.classes)).to(device)
     model = nn.Sequential(encoder, head).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     batches = -(-len(rows) // ENCODE_BATCH)
-    epochs = max(args.epochs, -(-FINETUNE_STEPS // batches))
+    epochs = max(setup.args.epochs, -(-FINETUNE_STEPS // batches))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches)
     rng, progress = np.random.default_rng(seed), Progress(f"learning rate {rate}: epoch")
     for epoch in range(epochs):
         order = rng.permutation(rows)
-        labels = torch.from_numpy(images.labels[order]).to(setup.device).tensor_split(batches)
+        labels = torch.from_numpy(images.labels[order]).to(device).tensor_split(batches)
         for x, y in zip(read_ahead(setup, order), labels, strict=True):  # split alike
             x = torch.rot90(x, int(rng.integers(4)), (2, 3))
             x = x.flip(3) if rng.integers(2) else x
             optimiser.zero_grad()
-            with autocast(setup.device):
+            with autocast(device):
                 logits = head(encoder(for_encoder(encoder, x)))
             nn.functional.cross_entropy(logits.float(), y).backward()
             optimiser.step()
             schedule.step()
         progress(epoch + 1, epochs)
-    model.eval().requires_grad_(False)
-    return encoder, head
+    return model.eval().requires_grad_(False)
 
 
-def choose_fine_tuned(
-    args: argparse.Namespace, setup: Setup, fit: np.ndarray, val: np.ndarray, again: bool, seed: int
-) -> tuple[tuple, nn.Module, nn.Module]:
-    """The learning rate with the best F1 on the validation images, the encoder and the head; with
-    `again` these two are trained once more, on both parts."""
-    models = [fine_tune(args, setup, fit, rate, seed) for _, rate in CHOICES["finetune"]]
-    truth, classes = setup.images.labels[val], setup.images.classes
-    said = [predict(head, encode(encoder, setup, val)) for encoder, head in models]
-    best = int(np.argmax([f1_metrics(truth, each, classes)["f1_macro"] for each in said]))
-    setting = CHOICES["finetune"][best]
-    if again:
-        models[best] = fine_tune(args, setup, np.concatenate([fit, val]), setting[1], seed)
-    return setting, *models[best]
+def choose(
+    settings: list[tuple], fit: Callable, classify: Callable, images: Images, split: Split
+) -> tuple[tuple, Any]:
+    """The setting with the best F1 on the validation part, and its model, trained on all of the
+    training split. fit(settings, rows) -> models; classify(model, rows) -> class numbers."""
+    models, truth = fit(settings, split.fit), images.labels[split.val]
+    said = [classify(model, split.val) for model in models]
+    best = int(np.argmax([f1_metrics(truth, each, images.classes)["f1_macro"] for each in said]))
+    if split.listed:
+        return settings[best], models[best]
+    return settings[best], fit([settings[best]], split.train)[0]
 
 
 # ------------------------------------------------------------------------------------- measures
 def f1_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """F1 macro, weighted and by class, accuracy, confusion (rows: truth), as scikit-learn's.
+    """F1 macro, weighted and by class, accuracy, confusion (rows: truth).
 
     Means are over the classes that the truth holds; a class that is only predicted is listed, and
     what was taken for it counts against the others.
     """
-    n = len(classes)
-    confusion = np.bincount(truth * n + said, minlength=n * n).reshape(n, n)
-    support, guesses, hits = confusion.sum(1), confusion.sum(0), np.diag(confusion)
-    present = np.flatnonzero(support)
-    f1 = 2 * hits[present] / (support + guesses)[present]
+    present = np.unique(truth)
+    f1 = functools.partial(f1_score, truth, said, labels=present)
     return {
-        "f1_macro": float(f1.mean()),
-        "f1_weighted": float((f1 * support[present]).sum() / support.sum()),
-        "accuracy": float(hits.sum() / support.sum()),
-        "f1_per_class": {classes[i]: float(v) for i, v in zip(present, f1, strict=True)},
+        "f1_macro": float(f1(average="macro")),
+        "f1_weighted": float(f1(average="weighted")),
+        "accuracy": float((truth == said).mean()),
+        "f1_per_class": dict(zip([classes[i] for i in present], f1(average=None), strict=True)),
         "classes": [classes[i] for i in present],
-        "only_predicted": [classes[i] for i in np.flatnonzero((support == 0) & (guesses > 0))],
-        "confusion": confusion.tolist(),
+        "only_predicted": [classes[i] for i in np.setdiff1d(said, truth)],
+        "confusion": confusion_matrix(truth, said, labels=range(len(classes))).tolist(),
     }
 
 
 # ---------------------------------------------------------- FullGrad (Srinivas and Fleuret 2019)
-def fullgrad_terms(
-    model: nn.Module, x: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Take logits apart: each equals the sum of its terms (completeness).
+def fullgrad_terms(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
+    """What the logits of the classes `target` are the sums of: gradient * input [N, C, H, W] and,
+    for each layer, gradient * bias in the shape of its output.
 
-    model: in eval mode, of layers with biases, ReLU, pooling; x: [N, C, H, W]; target: int64 [N].
-    Returns the logits [N]; and gradient * input [N, C, H, W] with, for each layer, gradient * bias
-    in the shape of its output; BatchNorm's bias is beta - mean * gamma / sqrt(var + eps).
+    model: in eval mode, of affine layers, ReLU, pooling; a layer's bias is what it makes of zeros.
     """
-    kept: list[tuple[nn.Module, torch.Tensor]] = []
+    kinds = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # a ResNet's convolutions have no bias
+    outputs, biases = [], []
 
-    def keep(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        kept.append((module, output))
+    def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if not isinstance(module, kinds):
+            return None
+        outputs.append(output)
+        biases.append(module.forward(torch.zeros_like(inputs[0][:1])))
         return output.clone()  # for what follows in place: torchvision's ReLU and +=
 
-    kinds = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # a ResNet's convolutions have no bias
-    hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, kinds)]
     x = x.detach().requires_grad_()
-    logits = model(x).gather(1, target[:, None])[:, 0]
-    first, *gradients = torch.autograd.grad(logits.sum(), [x, *(output for _, output in kept)])
-    for hook in hooks:
-        hook.remove()
-    terms = [first * x]
-    for (module, output), gradient in zip(kept, gradients, strict=True):
-        bias = module.bias
-        if not isinstance(module, nn.Linear):
-            shift = module.running_mean / (module.running_var + module.eps).sqrt()
-            bias = bias - shift * module.weight
-        terms.append(gradient * bias.view(1, -1, *[1] * (output.ndim - 2)))
-    return logits.detach(), [term.detach() for term in terms]
+    with nn.modules.module.register_module_forward_hook(keep):
+        logits = model(x).gather(1, target[:, None])
+    first, *gradients = torch.autograd.grad(logits.sum(), [x, *outputs])
+    terms = [gradient * bias for gradient, bias in zip(gradients, biases, strict=True)]
+    return [term.detach() for term in (first * x, *terms)]
 
 
 def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Saliency [N, H, W]: the terms that have a place, as magnitudes, rescaled to 0..1, enlarged
     bilinearly, summed over channels and layers."""
     saliency = torch.zeros_like(x[:, 0])
-    for term in fullgrad_terms(model, x, target)[1]:
+    for term in fullgrad_terms(model, x, target):
         if term.ndim == 4:
             term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
             term = term / term.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
@@ -1161,100 +1034,90 @@ def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.T
 
 
 def save_cams(
-    path: Path, model: nn.Module, setup: Setup, rows: np.ndarray, said: np.ndarray
+    path: Path, model: nn.Sequential, setup: Setup, rows: np.ndarray, said: np.ndarray
 ) -> None:
-    """A sheet with a row for each image of `rows`: the image, the map of the class that was said of
-    it, and the map divided by the mean of all maps, which shows what is this image's own.
-
-    At 64 px nearly all of a map comes from bias terms on grids of 2 to 8 px, with zero padding's
-    pattern: maps of six classes correlate by 0.90 (authors' code: 0.91, and 0.98 with ours).
-    """
-    from matplotlib.figure import Figure
-
-    images, (encoder, _) = setup.images, model
-    targets = torch.from_numpy(said).to(setup.device).tensor_split(-(-len(rows) // ENCODE_BATCH))
-    pixels, parts = [], []
-    for x, target in zip(read_ahead(setup, rows), targets, strict=True):
-        parts.append(fullgrad(model, for_encoder(encoder, x), target).cpu())
-        pixels += [*x.cpu().numpy().copy()]  # its memory is the next batch's
-    maps = torch.cat(parts).numpy()
-    figure = Figure(figsize=(7.5, 2.5 * len(maps)), layout="constrained")
-    axes = figure.subplots(len(maps), 3, squeeze=False)
-    for shown, image, heat, truth, guess in zip(
-        axes, pixels, maps, images.labels[rows], said, strict=True
-    ):
-        low, high = np.percentile(image, (2, 98), axis=(1, 2), keepdims=True)
-        photo = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
-        shown[0].imshow(photo.squeeze(), cmap="gray", vmin=0, vmax=1)
-        shown[1].imshow(heat, cmap="inferno")
-        shown[2].imshow(heat / np.maximum(maps.mean(0), 1e-12), cmap="inferno")
+    """A sheet of a batch: image, map of the class that was said of it, and the map divided by the
+    mean map, which shows what is this image's own: at 64 px nearly all of a map comes from bias
+    terms on grids of 2 to 8 px and from zero padding (correlation between classes 0.90)."""
+    images, x = setup.images, next(read_ahead(setup, rows))
+    target = torch.from_numpy(said).to(x.device)
+    maps = fullgrad(model, for_encoder(model[0], x), target).cpu().numpy()
+    low, high = np.percentile(x.cpu(), (2, 98), axis=(2, 3), keepdims=True)
+    photos = np.clip((x.cpu().numpy() - low) / np.maximum(high - low, 1e-6), 0, 1)
+    mean = np.maximum(maps.mean(0), 1e-12)
+    figure = Figure(figsize=(7.5, 2.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for line, row, guess, photo, heat in zip(axes, rows, said, photos, maps, strict=True):
+        truth = images.labels[row]
         right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
-        titles = (f"{images.classes[truth]}: {right}", "FullGrad", "divided by the mean map")
-        for axis, title in zip(shown, titles, strict=True):
+        for axis, title, pixels, colours in (
+            (line[0], f"{images.classes[truth]}: {right}", photo.transpose(1, 2, 0), "gray"),
+            (line[1], "FullGrad", heat, "inferno"),
+            (line[2], "divided by the mean map", heat / mean, "inferno"),
+        ):
+            axis.imshow(pixels, colours)
             axis.set_axis_off()
             axis.set_title(title, fontsize=8, loc="left")
     write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
     print(f"wrote {path}", flush=True)
 
 
-# -------------------------------------------------------------------------------------- one run
-def standardise(
-    args: argparse.Namespace, images: Images, bands: list[str], rows: np.ndarray
-) -> Setup:
-    """By mean and deviation of each band over the training images `rows`, or the encoder's own."""
-    began, about = time.perf_counter(), args.weights.metadata
-    if args.stats == "train":
-        mean, std = band_statistics(images, rows, bands)
+# ------------------------------------------------------------------------------------- one run
+def train_and_predict(
+    setup: Setup, split: Split, seed: int
+) -> tuple[np.ndarray, tuple, nn.Sequential, float]:
+    """Class numbers of the test images; the setting chosen; encoder and head; when they began."""
+    args, images = setup.args, setup.images
+    if args.finetune:
+
+        def fit(settings: list[tuple], rows: np.ndarray) -> list[Any]:
+            return [fine_tune(setup, rows, rate, seed) for _, rate in settings]
+
+        def classify(model: Any, rows: np.ndarray) -> np.ndarray:
+            return predict(model[1], encode(model[0], setup, rows))
     else:
-        where = [about["bands"].index(band) for band in bands]
-        mean, std = ([about[key][i] for i in where] for key in ("mean", "std"))
-    spent = {"read": time.perf_counter() - began, "replaced": 0}
-    return Setup(images, bands, args.size, mean, std, args.device, spent)
+        encoder = prepare(setup, split.train, seed)
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        used = np.concatenate([split.fit, split.val, split.test])
+        features, place = encode(encoder, setup, used), np.empty(len(images.labels), int)
+        place[used] = np.arange(len(used))  # where an image's features are
+        y = torch.from_numpy(images.labels).to(args.device)
+
+        def fit(settings: list[tuple], rows: np.ndarray) -> list[Any]:
+            x, classes = features[place[rows]], len(images.classes)
+            heads = fit_heads(args.head, settings, x, y[rows], classes, args.epochs)
+            return [(encoder, head) for head in heads]
+
+        def classify(model: Any, rows: np.ndarray) -> np.ndarray:
+            return predict(model[1], features[place[rows]])
+
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    kind = "finetune" if args.finetune else args.head
+    chosen, model = choose(CHOICES[kind], fit, classify, images, split)
+    said = classify(model, split.test)
+    if not args.finetune:
+        assert_unchanged(encoder, before)
+    return said, chosen, model, began
 
 
-def prepare(args: argparse.Namespace, setup: Setup, rows: np.ndarray, seed: int) -> Any:
-    """The frozen encoder on the device, its BatchNorm re-estimated on `rows` if asked; or the
-    statistics that stand in for one."""
-    if args.weights.source == "stats":
-        return image_statistics
-    encoder = load_encoder(args.weights, args.arch, len(setup.bands), seed)
-    encoder = encoder.to(setup.device, memory_format=torch.channels_last)
-    if args.bn == "reestimate":
-        order = np.random.default_rng(seed).permutation(rows)
-        reestimate_batchnorm(encoder, read_ahead(setup, order))
-    return encoder
-
-
-def embed(args: argparse.Namespace, images: Images, bands: list[str]) -> None:
-    """The features of every image, with what is known of it, in one NPZ file."""
-    rows = np.arange(len(images.names))
-    setup = standardise(args, images, bands, rows)
-    features = encode(prepare(args, setup, rows, 0), setup, rows).cpu().numpy()
-    arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features}
-    if images.labels is not None:
-        arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
-    filled = io.BytesIO()
-    np.savez(filled, **arrays)
-    write_atomic(args.embed, lambda beside: beside.write_bytes(filled.getbuffer()) and None)
-    print(f"wrote {args.embed}", flush=True)
-
-
-def run(args: argparse.Namespace, images: Images, known: dict, bands: list[str], seed: int) -> Path:
+def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], seed: int) -> Path:
     """One band (or three) and one seed: read, encode, train the head, measure, write.
 
-    known: what is the same for all bands and seeds and helps to determine the result.
+    data: what identifies images, labels, parts and band order.
     """
-    weights: Weights = args.weights
-    floor, kind = weights.source == "stats", "finetune" if args.finetune else args.head
-    name = weights.name + " fine-tuned" * (args.finetune and bool(weights.tensors))
+    weights, kind = args.weights, "finetune" if args.finetune else args.head
+    floor, name = weights.name == "stats", weights.name
+    if args.finetune and weights.tensors:
+        name += " fine-tuned"
     scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset}
-    settings = known | {  # but for weights and seed, all that determines the result
+    task = data | {  # but for weights, band and seed, all that determines the result
         "train_images": args.train_images, "size": args.size, "stats": args.stats,
         "head": args.head, "hidden": HIDDEN, "bf16": native_bf16(args.device),
         "epochs": args.epochs if args.head == "mlp" else None,
     }  # fmt: skip
-    settings["task"] = digest_of([scope, settings])
-    settings |= {  # None: does not apply
+    settings = task | {
+        "task": digest_of([scope, task]),
         "arch": None if floor else weights.metadata.get("arch", args.arch),
         "bn": None if floor else args.bn, "finetune": args.finetune, "tried": CHOICES[kind],
         "least_steps": FINETUNE_STEPS if args.finetune else None,
@@ -1268,78 +1131,73 @@ def run(args: argparse.Namespace, images: Images, known: dict, bands: list[str],
         print(f"{path}: done before", flush=True)
         return path
 
-    begin = time.perf_counter()
-    unseen = check_bands(weights, bands, args.stats)
-    fit, val, test, listed = split_images(images.labels, images.part, args, seed)
-    both = np.concatenate([fit, val])
-    train = fit if listed else both
-    setup = standardise(args, images, bands, train)
-    start = time.perf_counter()
-    if args.finetune:
-        chosen, encoder, head = choose_fine_tuned(args, setup, fit, val, not listed, seed)
-        trained = time.perf_counter()
-        features = encode(encoder, setup, test)
-        seconds = {"encode": time.perf_counter() - trained, "train": trained - start}
-    else:
-        encoder = prepare(args, setup, train, seed)
-        before = {} if floor else {k: v.clone() for k, v in encoder.state_dict().items()}
-        torch.manual_seed(seed)
-        x, features = encode(encoder, setup, np.concatenate([both, test])).tensor_split([len(both)])
-        encoded, count = time.perf_counter(), len(images.classes)
-        y = torch.from_numpy(images.labels[both]).to(args.device)
-        chosen, head = choose_head(args.head, x, y, len(fit), not listed, count, args.epochs)
-        if not floor:
-            assert_unchanged(encoder, before)
-        seconds = {"encode": encoded - start, "train": time.perf_counter() - encoded}
-    said = predict(head, features)
-    metrics = f1_metrics(images.labels[test], said, images.classes)
+    clock, unseen = [time.perf_counter()], check_bands(weights, bands, args.stats)
+    split = split_images(images.labels, images.part, args, seed)
+    setup = set_up(args, images, bands, split.train)
+    clock.append(time.perf_counter())
+    said, chosen, model, began = train_and_predict(setup, split, seed)
+    clock += [began, time.perf_counter()]
+    metrics = f1_metrics(images.labels[split.test], said, images.classes)
     if args.cam:  # some test images, spread over the classes
-        rng = np.random.default_rng(0)
-        draw = stratified(images.labels[test], min(args.cam, len(test)), rng)
-        save_cams(png, nn.Sequential(encoder, head), setup, test[draw], said[draw])
-    about = {k: v for k, v in weights.metadata.items() if k not in ("bands", "mean", "std")}
+        count = min(args.cam, len(split.test), ENCODE_BATCH)
+        draw = stratified(images.labels[split.test], count, np.random.default_rng(0))
+        save_cams(png, nn.Sequential(*model), setup, split.test[draw], said[draw])
     folder = args.root if args.root.is_dir() else args.root.parent
     write_result(path, {
-        "schema": 1, "stage": "probe", **scope, "bands": bands, "seed": seed,
-        "metrics": metrics,
-        "weights": about | {"name": name, "source": weights.source, "sha256": weights.sha256},
+        "schema": 1, "stage": "probe", **scope, "bands": bands, "seed": seed, "metrics": metrics,
+        "weights": {"name": name, "source": weights.source, "sha256": weights.sha256},
         "config": settings | {
             "identity": identity, "optimiser": chosen[0],
             CHOSEN.get(kind, "learning_rate"): chosen[1], "classes": images.classes,
-            "validation": "its list" if listed else "a fifth of the training split",
-            "train": len(train), "validated": len(val), "test": len(test),
-            "mean": setup.mean, "std": setup.std, "replaced_samples": setup.spent["replaced"],
-            "unseen_bands": unseen, "device": args.device.type,
+            "validation": "its list" if split.listed else "a fifth of the training split",
+            "train": len(split.train), "validated": len(split.val), "test": len(split.test),
+            "mean": setup.mean, "std": setup.std, "device": args.device.type,
             "synthetic": (folder / "SYNTHETIC.txt").exists(),
-            "encoder": weights.metadata,
+            "unseen_bands": unseen, "encoder": weights.metadata,
         },
-        "seconds": {"read": setup.spent["read"], **seconds},
+        "seconds": dict(zip(("read", "encode", "train"), np.diff(clock), strict=True)),
     })  # fmt: skip
-    note = f"; the encoder never saw {', '.join(unseen)}" if unseen else ""
-    if metrics["only_predicted"]:
-        note += f"; predicted, but in no test image: {', '.join(metrics['only_predicted'])}"
     print(f"{args.dataset} {'+'.join(bands)}, {name}, seed {seed}: F1 macro "
-          f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}, "
-          f"{time.perf_counter() - begin:.1f} s{note}", flush=True)  # fmt: skip
+          f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}", flush=True)  # fmt: skip
+    for found, note in (
+        (unseen, "never seen by the encoder"),
+        (metrics["only_predicted"], "predicted, but in no test image"),
+    ):
+        if found:
+            print(f"  {note}: {', '.join(found)}", flush=True)
     return path
 
 
+def embed(args: argparse.Namespace, images: Images, bands: list[str]) -> None:
+    """The features of every image, with what is known of it, in one NPZ file."""
+    rows = np.arange(len(images.names))
+    setup = set_up(args, images, bands, rows)
+    features = encode(prepare(setup, rows, 0), setup, rows).cpu().numpy()
+    arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features}
+    if images.labels is not None:
+        arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
+    filled = io.BytesIO()
+    np.savez(filled, **arrays)
+    write_atomic(args.embed, lambda beside: beside.write_bytes(filled.getbuffer()) and None)
+    print(f"wrote {args.embed}", flush=True)
+
+
 def main(args: argparse.Namespace) -> None:
-    args.device, weights = find_device(args.device), args.weights
     try:
-        if weights.name in OTHERS.values() and not weights.tensors:
-            args.weights = weights = others_tensors(weights, args.arch)
+        args.device = find_device(args.device)
+        args.weights = find_any_weights(args.weights, args.arch)
         if args.export:
-            return export(weights, args.export)
+            return export(args.weights, args.export)
+        open_folder(args.embed.parent if args.embed else args.out)
         images = list_images(args.dataset, args.root, args.bands_in_file)
-        print(f"{args.dataset}, {len(images.names)} images; weights: {weights.source} "
-              f"({weights.name}); on {args.device}", flush=True)  # fmt: skip
+        print(f"{args.dataset}, {len(images.names)} images; weights: {args.weights.source} "
+              f"({args.weights.name}); on {args.device}", flush=True)  # fmt: skip
         asked = requested_bands(args.bands, images.bands, args.dataset)
         for bands in asked:
-            check_bands(weights, bands, args.stats)
+            check_bands(args.weights, bands, args.stats)
+        if args.embed and len(asked) > 1:
+            fail(2, "--embed writes one file: give one band, or three")
         if args.embed:
-            if len(asked) > 1:
-                fail(2, "--embed writes one file: give one band, or three")
             return embed(args, images, asked[0])
         if images.labels is None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
@@ -1347,15 +1205,14 @@ def main(args: argparse.Namespace) -> None:
             fail(1, f"{args.root}: all images are of one class, {images.classes[0]}")
         args.split = args.split or ("official" if images.part else "random")
         images = images._replace(part=listed_parts(images, args))
-        known = {
+        data = {
             "root": str(args.root), "files": digest_files(f for each in images.files for f in each),
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
             "parts": images.part and digest_of(images.part), "places": images.bands,
             "bands_in_files": images.counts,
         }  # fmt: skip
-        paths = [
-            run(args, images, known, bands, seed) for bands in asked for seed in range(args.seeds)
-        ]
+        seeds = range(args.seeds)
+        paths = [run(args, images, data, bands, seed) for bands in asked for seed in seeds]
         print_table(args.out, paths, "f1_macro")
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
@@ -1364,6 +1221,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no UTF-8
     try:
-        main(ARGS)
+        main(arguments())
     except KeyboardInterrupt:
         fail(130, "interrupted; finished results are kept, the same command goes on from them")

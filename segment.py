@@ -21,12 +21,22 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import bandcrop
 import numpy as np
+import safetensors
+import torch
+import torchvision
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from scipy.special import stdtrit
+from torch import nn
 
 # ------------------------------------------------------------------------------------- settings
 NO_DFC2020 = (  # Copernicus-Bench's copy; the contest's own needs a login at ieee-dataport.org
@@ -38,7 +48,7 @@ LAND_COVER = (  # DFC2020's labels 1..10
     "Forest Shrubland Savanna Grassland Wetlands Croplands Urban/Built-up Snow/Ice Barren Water"
 ).split()
 IGNORED = 255  # in masks given to the loss
-UNKNOWN = 254  # while masks are read: an id that nobody has named
+LEARNING_RATE = 0.03  # at the start
 ENCODE_BATCH = 16
 CACHE = 0.5  # the share of free memory that feature maps may fill
 
@@ -51,38 +61,29 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: fail(2, f"{message} (see --help)")
     add = parser.add_argument
     add("--dataset", required=True, choices=["dfc2020", "csv"])
-    add("--root", type=Path, help="DFC2020 as the contest or Copernicus-Bench lays it out "
-        "(data/dfc2020), or FILE.csv: s1,s2,mask[,split]")
+    add("--root", type=Path, help="its folder, or FILE.csv: s1,s2,mask[,split] (data/dfc2020)")
     add("--band", "--bands", dest="bands", required=True,
         help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
     add("--s1-bands", default="VV,VH", help="csv: bands of the s1 files in order (VV,VH)")
     add("--s2-bands", help="csv: bands of the s2 files in order")
-    add("--weights", help="encoder.safetensors of pretrain.py or of probe.py --export; random; "
-        f"scratch (encoder trained too). Default: {OWN_WEIGHTS} where it is, else random")
+    add("--weights", help="encoder.safetensors of pretrain.py (runs/rs-byol-1's where it is, else "
+        "random) or of probe.py --export; random; scratch (encoder trained too)")
     add("--arch", choices=ARCHS, default="resnet50", help="of random and scratch")
-    add("--split", choices=["random", "official"], help="random: --num-images drawn by seed to "
-        "train, the rest to test (default); official: test on ROIs0000_test, dfc-test-new.csv "
-        "or the csv's test rows (default where it has any), train on all others")
+    add("--split", choices=["random", "official"], help="random: train on --num-images, test on "
+        "the rest; official: the archive's test part, or the csv's own column (csv's default)")
     add("--num-images", type=int, metavar="N", help="training tiles, drawn by seed (dfc2020: 900, "
-        "paper; csv: all); random, of N or fewer: 80 %%")
+        "paper; csv: all, or 80 %% where the split is random)")
     add("--classes", help="dfc2020: 8 (default; without Savanna, Snow/Ice) or 10; csv: names, for "
         "the mask's ids in order, ignored ones left out")
-    add("--ignore", default="0", metavar="IDS", help="csv: ids in masks that do not count, as "
-        "--ignore=-1,255 (0)")
-    add("--size", type=int, metavar="PX", help="square cut from each tile's middle; default: the "
-        "whole tile")
+    add("--ignore", default="0", metavar="IDS", help="csv: ids that do not count: --ignore=-1,255")
+    add("--size", type=int, metavar="PX", help="square cut from each tile's middle (the whole)")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training tiles (default) or as the encoder was pre-trained with")
-    add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
-        "as pre-trained (default), or of the unlabelled training tiles; frozen after that")
     add("--epochs", type=int, default=100, help="(100, paper)")
     add("--batch-size", type=int, default=16)
-    add("--lr", type=float, default=0.03, help="learning rate at the start (0.03)")
-    add("--seeds", type=int, default=1, metavar="K", help="seeds 0..K-1 of decoder, draw of tiles, "
-        "random weights (1)")
-    add("--maps", type=int, default=0, metavar="K", help="draw K test tiles: image, truth, "
-        "prediction (PNG)")
-    add("--device", default="auto", help="auto (default): cuda where there is one; cpu; cuda:N")
+    add("--seeds", type=int, default=1, metavar="K", help="0..K-1: decoder, draws, new weights (1)")
+    add("--maps", type=int, default=0, metavar="K", help="draw K test tiles as a PNG")
+    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
     # fmt: on
@@ -92,10 +93,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < value:
             flag = name.replace("_", "-")
             fail(2, f"--{flag} {getattr(args, name)}: must be at least {value}")
-    if not 0 < args.lr < 1e30:  # beyond, float32 ends
-        fail(2, f"--lr {args.lr}: must be above 0 and below 1e30")
-    if args.weights == "scratch" and (args.bn, args.stats) != ("encoder", "train"):
-        fail(2, "--weights scratch trains the encoder: --bn and --stats do not apply")
+    if args.weights == "scratch" and args.stats != "train":
+        fail(2, "--weights scratch trains the encoder: --stats does not apply")
     if args.dataset == "dfc2020":
         if args.classes not in (None, "8", "10"):
             fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
@@ -109,12 +108,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
             fail(2, f"--ignore {args.ignore}: give whole numbers, as --ignore=-1,255")
         names = [name.strip() for name in args.classes.split(",")]
-        if not all(names) or not 1 < len({*names}) == len(names) < UNKNOWN:
+        if not all(names) or not 1 < len({*names}) == len(names) < IGNORED:
             fail(2, f"--classes {args.classes}: give two or more different names, as crops,forest")
         args.ignore, args.classes = sorted(map(int, args.ignore.split(","))), names
         args.s1_bands, args.s2_bands = args.s1_bands.split(","), args.s2_bands.split(",")
-    args.weights = find_weights(args.weights)
-    open_folder(args.out)
     return args
 
 
@@ -146,54 +143,8 @@ def fail(status: int, message: str) -> NoReturn:
 # <<< shared: bands
 
 
-# >>> shared: files
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-# <<< shared: files
-
-
-# >>> shared: table
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
-    if not path.is_file():
-        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(1, f"{path}: not a readable UTF-8 text ({error})")
-    header = [name.strip() for name in next(csv.reader([lines[0]]), [])]
-    if any(header.count(column) != 1 for column in columns):
-        fail(1, f"{path} line 1: {lines[0][:80]!r} lacks one of the columns {','.join(columns)}, "
-                "or commas between them")  # fmt: skip
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            values = next(csv.reader([line], strict=True), [])
-        except csv.Error as error:
-            fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
-        if values and len(values) != len(header):
-            fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
-        if values:
-            rows.append(dict(zip(header, values, strict=True)) | {"line": str(number)})
-    if not rows:
-        fail(1, f"{path}: no row under the header {','.join(header)}")
-    return rows
-
-
-# <<< shared: table
-
-
 # >>> shared: results
+ARCHS = ("resnet18", "resnet34", "resnet50")
 TRIPLES = {
     "RGB": ["Red", "Green", "Blue"],
     "RE": ["RE5", "RE6", "RE7"],
@@ -230,17 +181,51 @@ def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list
     return [bands]
 
 
-def open_folder(folder: Path) -> None:
-    """Make the folder of the results, or refuse it; clear it of what killed runs left half."""
+def read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
+    if not path.is_file():
+        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
+    number, header, rows = 0, [], []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(2, f"{folder}: cannot be made ({error.strerror}); choose another folder")
-    if not os.access(folder, os.W_OK):
-        fail(2, f"{folder}: not writable; choose another folder")
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+            values = next(csv.reader([line], strict=True), [])  # alone: a quote ends on its line
+            if not header:
+                header = [name.strip() for name in values]
+                if any(header.count(column) != 1 for column in columns):
+                    fail(1, f"{path} line {number}: {line[:80]!r} lacks one of the columns "
+                            f"{','.join(columns)}, or commas between them")  # fmt: skip
+            elif values and len(values) != len(header):
+                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
+            elif values:
+                rows.append(dict(zip(header, values, strict=True)) | {"line": number})
+    except UnicodeDecodeError as error:
+        fail(1, f"{path}: no UTF-8 text ({error})")
+    except csv.Error as error:
+        fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
+    if not rows:
+        fail(1, f"{path}: no row under the header {','.join(header)}")
+    return rows
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder of the results, try to write there, sweep what killed runs left half."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     for part in folder.glob(".*.[0-9]*.part"):
         if not Path("/proc", part.name.split(".")[-2]).exists():  # the process that wrote it
             part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def digest_files(files: Iterable[str]) -> str:
@@ -277,40 +262,32 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(out: Path, paths: list[Path], metric: str) -> None:
-    """The metric of this run's results by band, beside random's and the floor's in `out`.
-
-    They stand beside it where config's "task" is equal: all that determines a result but weights.
-    Mean over seeds and half the width of the 95 % interval (Student's t) where there are several.
-    """
-    from scipy.special import stdtrit  # Student's quantile; here, as it takes a second to import
-
-    own = [json.loads(path.read_text()) for path in paths]
-    name, config = own[0]["weights"]["name"], own[0]["config"]
-    tasks = {result["config"]["task"] for result in own}
-    for path in sorted(out.glob("*.json")):
-        try:
-            other = json.loads(path.read_text())
-            alike = other["config"]["task"] in tasks and all(
-                other["config"][key] in (None, config[key]) for key in ("arch", "bn")
-            )  # None: the floor has neither
-            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
-                own.append(other)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # no result of this script
-    found: dict[str, dict[str, list[float]]] = {}  # name: band
-    for result in own:
-        bands = found.setdefault(result["weights"]["name"], {})
-        bands.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
+    """The metric by band, beside random's and the floor's where `out` has them for the same task:
+    mean over seeds, half the width of the 95 % interval (Student's t)."""
+    results = [json.loads(path.read_text()) for path in paths]
+    bands = dict.fromkeys("+".join(result["bands"]) for result in results)
+    name, config = results[0]["weights"]["name"], results[0]["config"]
+    tasks = {result["config"]["task"] for result in results}
+    for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
+        other = json.loads(path.read_text())
+        alike = other["config"].get("task") in tasks and all(
+            other["config"].get(key) in (None, config.get(key)) for key in ("arch", "bn")
+        )  # None: the floor has neither
+        if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+            results.append(other)
+    columns: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        column = columns.setdefault(result["weights"]["name"], {})
+        column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
-    print("".join(f"{title:22}" for title in ("band", *found)).rstrip())
-    for band in found[name]:
+    print("".join(f"{title:22}" for title in ("band", *columns)).rstrip())
+    for band in bands:
         cells = [band]
-        for bands in found.values():
-            values = np.array(bands.get(band, []))
-            cells.append(f"{values.mean():.3f}" if len(values) else "-")
+        for values in (column.get(band, []) for column in columns.values()):
+            cells.append(f"{np.mean(values):.3f}" if values else "-")
             if len(values) > 1:
-                half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
-                cells[-1] += f" ± {half:.3f}"
+                error = np.std(values, ddof=1) / len(values) ** 0.5
+                cells[-1] += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
         print("".join(f"{cell:22}" for cell in cells).rstrip(), flush=True)
 
 
@@ -330,8 +307,8 @@ class Progress:
 # <<< shared: results
 
 
-# >>> shared: weights
-ARCHS = ("resnet18", "resnet34", "resnet50")
+# -------------------------------------------------------------------------------------- encoder
+# >>> shared: encoder
 OWN_WEIGHTS = Path("runs/rs-byol-1/encoder.safetensors")  # of `pretrain.py --mode single`
 NEW_WEIGHTS = {"random": "Random init", "scratch": "Scratch supervised"}
 
@@ -345,17 +322,15 @@ class Weights(NamedTuple):
 
 
 def find_weights(text: str | None) -> Weights:
-    """What --weights names, read and checked; torch is not needed yet."""
+    """What --weights names, read and checked."""
     if text is None:
         text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
     if text in NEW_WEIGHTS:
         return Weights(NEW_WEIGHTS[text], text, None, {}, {})
-    digest = hashlib.sha256(weights_file(Path(text), f"--weights {text}")).hexdigest()
+    digest = weights_digest(text)
     others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
-    import safetensors
-
     try:
-        with safetensors.safe_open(text, framework="np") as opened:
+        with safetensors.safe_open(text, "pt") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for key in {"bands", "mean", "std"} & metadata.keys():
@@ -365,26 +340,24 @@ def find_weights(text: str | None) -> Weights:
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
     for name, value in tensors.items():
-        if not np.isfinite(value).all():
+        if not value.isfinite().all():
             fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
     return Weights(metadata["name"], text, digest, metadata, tensors)
 
 
-def weights_file(file: Path, asked: str) -> bytes:
-    """The bytes of a file that may hold weights; what it is instead, where its start says so."""
-    if not file.is_file():
-        fail(2, f"{asked}: no file {file}; see --help for what --weights takes")
-    data = file.read_bytes()
+def weights_digest(file: str) -> str:
+    """sha256 of a file that may hold weights; refuses what is something else by its first bytes."""
+    if not Path(file).is_file():
+        fail(2, f"--weights: no file {file}; see --help for what it takes")
+    data = Path(file).read_bytes()
     start = data[:64].lstrip().lower()
-    for beginning, what in (
-        (b"<!doctype", "a web page: fetch it again"), (b"<html", "a web page: fetch it again"),
-        (b"version https://git-lfs", "a git-lfs pointer: run git lfs pull"),
-    ):  # fmt: skip
-        if start.startswith(beginning):
-            fail(1, f"{file}: is no weights file but {what}")
     if not start:
         fail(1, f"{file}: is empty: fetch it again")
-    return data
+    if start.startswith((b"<!doctype", b"<html")):
+        fail(1, f"{file}: is no weights file but a web page: fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        fail(1, f"{file}: is no weights file but a git-lfs pointer: run git lfs pull")
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
@@ -401,24 +374,6 @@ def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
     return unseen
 
 
-# <<< shared: weights
-
-
-if __name__ == "__main__":
-    ARGS = arguments()  # wrong use ends here, before the seconds that importing torch takes
-
-import torch  # noqa: E402
-import torchvision  # noqa: E402
-from torch import nn  # noqa: E402
-
-try:
-    import bandcrop
-except ImportError:
-    fail(2, "bandcrop, which reads GeoTIFFs, is not installed: run `make build` first")
-
-
-# -------------------------------------------------------------------------------------- encoder
-# >>> shared: encoder
 def find_device(text: str) -> torch.device:
     """What --device names; auto: cuda where there is one, else cpu."""
     name = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -437,7 +392,7 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
     if channels != 3:
         encoder.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    encoder.width = encoder.fc.in_features  # D: 512 or 2048
+    encoder.channels, encoder.width = channels, encoder.fc.in_features  # D: 512 or 2048
     encoder.fc = nn.Identity()
     return encoder.eval()
 
@@ -447,10 +402,10 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
     torch.manual_seed(seed)
     if not weights.tensors:
         return build_encoder(arch, bands).requires_grad_(False)
-    tensors = {name: torch.as_tensor(value) for name, value in weights.tensors.items()}
     try:
-        encoder = build_encoder(weights.metadata["arch"], tensors["conv1.weight"].shape[1])
-        encoder.load_state_dict(tensors)
+        channels = weights.tensors["conv1.weight"].shape[1]
+        encoder = build_encoder(weights.metadata["arch"], channels)
+        encoder.load_state_dict(weights.tensors)
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
@@ -459,19 +414,12 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
 
 def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """[N, C, H, W]; one band is copied into three channels where the weights want three."""
-    return batch.expand(-1, encoder.conv1.in_channels, -1, -1)
+    return batch.expand(-1, encoder.channels, -1, -1)
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 where that is native, 1.9 times as fast on a CPU with AVX512-BF16; else fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
-
-
-def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches."""
-    with autocast(next(encoder.parameters()).device):
-        images = (for_encoder(encoder, batch) for batch in batches)
-        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
 
 
 def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -574,7 +522,7 @@ def train(
 ) -> list[float]:
     """Train the decoder, and the encoder where it is not frozen; the mean loss of each epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    optimiser = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
     count = count_batches(len(x), args.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # DeepLab's
         optimiser, lambda step: (1 - step / (args.epochs * count)) ** 0.9
@@ -587,7 +535,7 @@ def train(
         batches = torch.randperm(len(x), generator=draw).to(x.device).tensor_split(count)
         losses.append(float(train_epoch(model, x, masks, batches, optimiser, schedule)))
         if not np.isfinite(losses[-1]) or not all(bool(p.isfinite().all()) for p in trained):
-            fail(1, f"loss or weights are not finite after epoch {epoch + 1}: lower --lr")
+            fail(1, f"loss or weights are not finite after epoch {epoch + 1}: training diverged")
         progress(epoch + 1, args.epochs, f", loss {losses[-1]:.3f}")
     model.eval()
     return losses
@@ -700,8 +648,7 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
 def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarray]:
     """The middle of each mask, and where that is: `masks` and `windows` of Tiles."""
     ids = [i for i in range(len(args.classes) + len(args.ignore)) if i not in args.ignore]
-    numbers = {id: number for number, id in enumerate(ids[: len(args.classes)])}
-    numbers |= dict.fromkeys(args.ignore, IGNORED)
+    ids = ids[: len(args.classes)]
     masks, windows = [], []
     for path in paths:
         whole = bandcrop.read(path)[0]  # of any type
@@ -711,10 +658,10 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
             fail(1, f"{path} is {height} x {width}: give --size, at most the smallest tile's")
         top, left = (height - side) // 2, (width - side) // 2
         cut = whole[top : top + side, left : left + side]
-        mask = np.full(cut.shape, UNKNOWN, np.uint8)
-        for id, number in numbers.items():
+        mask = np.full(cut.shape, IGNORED, np.uint8)
+        for number, id in enumerate(ids):
             mask[cut == id] = number
-        if (strange := cut[mask == UNKNOWN]).size:
+        if (strange := cut[~np.isin(cut, ids + args.ignore)]).size:
             fail(1, f"{path}: holds {strange[0]}: neither named by --classes nor in --ignore")
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
@@ -793,20 +740,16 @@ def draw_maps(
     classes: list[str],
 ) -> None:  # fmt: skip
     """A sheet with a row for each tile: image [C, H, W], truth and prediction [H, W]."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    colours = colormaps["tab20"].resampled(len(classes))
+    colours, last = colormaps["tab20"].resampled(len(classes)), len(classes) - 1
     figure = Figure(figsize=(7.5, 2.5 * len(names) + 0.8), layout="constrained")
     axes = figure.subplots(len(names), 3, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for row, name, image, *masks in zip(axes, names, images, truths, said, strict=True):
+    for row, name, image, truth, guess in zip(axes, names, images, truths, said, strict=True):
         pixels = np.clip(image / 4 + 0.5, 0, 1).transpose(1, 2, 0)  # two deviations either way
-        row[0].imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
+        row[0].imshow(pixels, "gray", vmin=0, vmax=1)
         row[0].set_xlabel(name, fontsize=8)
-        for axis, mask in zip(row[1:], masks, strict=True):
-            counted = np.ma.masked_where(masks[0] == IGNORED, mask)  # the others stay white
-            axis.imshow(counted, colours, vmin=0, vmax=len(classes) - 1, interpolation="nearest")
+        for axis, mask in ((row[1], truth), (row[2], guess)):
+            counted = np.ma.masked_where(truth == IGNORED, mask)  # the others stay white
+            axis.imshow(counted, colours, vmin=0, vmax=last, interpolation="nearest")
     for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(title)
     patches = [Patch(facecolor=colours(i), label=name) for i, name in enumerate(classes)]
@@ -818,12 +761,11 @@ def draw_maps(
 # -------------------------------------------------------------------------------------- one run
 def train_and_predict(
     args: argparse.Namespace, tiles: Tiles, rows: np.ndarray, test: np.ndarray, bands: list[str],
-    norm: np.ndarray, seed: int, device: torch.device,
+    norm: np.ndarray, seed: int,
 ) -> tuple[np.ndarray, dict[str, Any], dict[str, float]]:  # fmt: skip
     """Classes of the test tiles, uint8 [N, S, S], by a decoder that learnt from the tiles `rows`;
     what is to be saved of its training; the seconds that each part took."""
-    clock = [time.perf_counter()]
-    scratch = args.weights.source == "scratch"
+    clock, device, scratch = [time.perf_counter()], args.device, args.weights.source == "scratch"
     encoder = load_encoder(args.weights, args.arch, len(bands), seed).requires_grad_(scratch)
     torch.manual_seed(seed)
     head = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(args.classes))
@@ -831,10 +773,6 @@ def train_and_predict(
     model.to(device, memory_format=torch.channels_last)
     images = torch.cat([x.clone() for x in read_images(tiles, rows, bands, norm, device)])
     clock.append(time.perf_counter())
-    if args.bn == "reestimate":
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)
-        parts = order.tensor_split(count_batches(len(rows), ENCODE_BATCH))
-        reestimate_batchnorm(encoder, (images[part] for part in parts))
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     x = images if scratch else encode(encoder, images)
     clock.append(time.perf_counter())
@@ -847,21 +785,19 @@ def train_and_predict(
     return said, about, dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
 
 
-def run(
-    args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int, device: torch.device
-) -> Path:
+def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> Path:
     """One band (or three) and one seed: split, train and predict, measure, draw, write."""
-    weights, classes = args.weights, args.classes
+    weights, classes, device = args.weights, args.classes, args.device
     drawn, used, test = split_tiles(tiles, args, seed)
     scope = {"dataset": args.dataset, "split": args.split, "subset": len(drawn)}
     settings = {
         "size": tiles.masks.shape[-1], "epochs": args.epochs, "batch": args.batch_size,
-        "lr": args.lr, "stats": args.stats, "classes": classes, "ignored": args.ignore,
+        "lr": LEARNING_RATE, "stats": args.stats, "classes": classes, "ignored": args.ignore,
         "files": tiles.digest, "places": tiles.bands, "bf16": native_bf16(device),
     }  # fmt: skip
-    encoding = {"bn": args.bn, "arch": weights.metadata.get("arch", args.arch)}
+    arch = weights.metadata.get("arch", args.arch)
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
-    identity = digest_of([task, bands, encoding, weights.name, weights.sha256])
+    identity = digest_of([task, bands, arch, weights.name, weights.sha256])
     parts = [args.dataset, args.split, str(len(drawn)), weights.name, "+".join(bands)]
     path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
     png = path.with_name(f"{path.stem}-maps.png")
@@ -873,7 +809,7 @@ def run(
     print(f"{title}: {len(drawn)} tiles to train ({len(drawn) - len(used)} of them without a pixel "
           f"that counts), {len(test)} to test", flush=True)  # fmt: skip
     norm = band_statistics(tiles, drawn, bands, args)
-    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed, device)
+    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed)
     truth = tiles.masks[test]
     metrics = map_metrics(truth, said, classes)
     if args.maps:
@@ -886,8 +822,8 @@ def run(
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
         "weights": {"name": weights.name, "source": weights.source, "sha256": weights.sha256},
-        "config": settings | encoding | about | {
-            "task": task, "identity": identity, "train": len(used), "test": len(test),
+        "config": settings | about | {
+            "task": task, "identity": identity, "arch": arch, "train": len(used), "test": len(test),
             "root": str(args.root), "device": device.type, "synthetic": tiles.synthetic,
             "unseen_bands": unseen, "encoder": weights.metadata,
         },
@@ -906,7 +842,9 @@ def run(
 
 def main(args: argparse.Namespace) -> None:
     try:
-        device = find_device(args.device)
+        args.device = find_device(args.device)
+        args.weights = find_weights(args.weights)
+        open_folder(args.out)
         tiles = list_tiles(args)
         if args.split is None:
             args.split = "official" if args.dataset == "csv" and tiles.part else "random"
@@ -914,21 +852,18 @@ def main(args: argparse.Namespace) -> None:
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
         print(f"{len(tiles.names)} tiles, {len(args.classes)} classes; {args.weights.name} "
-              f"({args.weights.source}) on {device}, {'bf16' if native_bf16(device) else 'fp32'}",
-              flush=True)  # fmt: skip
-        paths = [
-            run(args, tiles, bands, seed, device) for bands in asked for seed in range(args.seeds)
-        ]
+              f"({args.weights.source}) on {args.device}", flush=True)  # fmt: skip
+        paths = [run(args, tiles, bands, seed) for bands in asked for seed in range(args.seeds)]
         for metric in ("miou", "aa"):
             print_table(args.out, paths, metric)
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
     except torch.OutOfMemoryError:
-        fail(1, f"{device} has too little memory: lower --batch-size, --num-images or --size")
+        fail(1, f"{args.device} has too little memory: lower --batch-size, --num-images or --size")
 
 
 if __name__ == "__main__":
     try:
-        main(ARGS)
+        main(arguments())
     except KeyboardInterrupt:
         fail(130, "interrupted; finished results are kept, the same command goes on from them")

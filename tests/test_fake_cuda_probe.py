@@ -73,7 +73,7 @@ def test_fullgrad_and_the_floor_stay_on_the_gpu(fake_cuda):
     model = nn.Sequential(on_cuda(ENCODER), on_cuda(HEAD)).eval()
     maps = probe.fullgrad(model, x, torch.zeros(4, dtype=torch.int64, device=CUDA))
     assert maps.shape == (4, 64, 64) and maps.device == CUDA
-    assert probe.image_statistics(x).shape == (4, 12)
+    assert probe.BandStatistics(1)(x).shape == (4, 12)
 
 
 def test_a_wait_and_a_mixed_device_fail_here(fake_cuda):
