@@ -54,8 +54,8 @@ demo: build  ## everything once on synthetic tiles, one page: under 5 minutes on
 	$(call stage,Land cover from the pre-trained encoder,$(DEMO_SEGMENT) --weights $(ENCODER))
 	$(call stage,Land cover from a random encoder,$(DEMO_SEGMENT) --weights random)
 	$(call stage,Tables and tests and plots and one page,$(PY) analyze.py results/demo --runs runs/demo --out report/demo)
-	@echo; echo "The pre-training above, 60 steps of 32 pairs, ran to show the steps, not what they can reach:"; \
-	echo "so short a one is not expected to beat a random encoder, and the statistics stay far ahead (tests/PROOF.md)."; \
+	@echo; echo "60 steps of pre-training show the scripts at work. They are too few to beat a random encoder"; \
+	echo "reliably, and the hand-made statistics are far ahead (tests/PROOF.md)."; \
 	echo "look at report/demo/index.html"
 
 lint: environment  ## ruff and clang-format
