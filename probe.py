@@ -38,7 +38,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegression
@@ -91,7 +90,7 @@ FINETUNE_STEPS = 600  # at least, however few the images
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked as far as it can be before torch is imported."""
+    """The command line, checked as far as it can be before any file is read."""
     # fmt: off
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1039,6 +1038,8 @@ def save_cams(
     """A sheet of a batch: image, map of the class that was said of it, and the map divided by the
     mean map, which shows what is this image's own: at 64 px nearly all of a map comes from bias
     terms on grids of 2 to 8 px and from zero padding (correlation between classes 0.90)."""
+    from matplotlib.figure import Figure  # here: it takes a second to import
+
     images, x = setup.images, next(read_ahead(setup, rows))
     target = torch.from_numpy(said).to(x.device)
     maps = fullgrad(model, for_encoder(model[0], x), target).cpu().numpy()

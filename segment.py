@@ -32,9 +32,6 @@ import numpy as np
 import safetensors
 import torch
 import torchvision
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from scipy.special import stdtrit
 from torch import nn
 
@@ -54,7 +51,7 @@ CACHE = 0.5  # the share of free memory that feature maps may fill
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked as far as it can be before torch is imported."""
+    """The command line, checked as far as it can be before any file is read."""
     # fmt: off
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -740,6 +737,10 @@ def draw_maps(
     classes: list[str],
 ) -> None:  # fmt: skip
     """A sheet with a row for each tile: image [C, H, W], truth and prediction [H, W]."""
+    from matplotlib import colormaps  # here: it takes a second to import
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     colours, last = colormaps["tab20"].resampled(len(classes)), len(classes) - 1
     figure = Figure(figsize=(7.5, 2.5 * len(names) + 0.8), layout="constrained")
     axes = figure.subplots(len(names), 3, squeeze=False, subplot_kw={"xticks": [], "yticks": []})

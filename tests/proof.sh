@@ -138,10 +138,26 @@ for weights in random stats "$BEST --bn reestimate" "scratch --epochs 20"; do
         probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size $size --weights $weights
     done
 done
-for weights in random "$BEST --bn reestimate" scratch; do
+for weights in random "$BEST" scratch; do
     segment --band all --weights $weights
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof
+
+# Varied places, with BYOL's loss and with negatives: EuroSAT's bands and labelled scenes by each sensor.
+say "varied places: probes"
+RESULTS=results/proof-varied
+for column in 1 2; do
+    awk -F, -v column=$column -v folder="$(realpath "$DATA/s1s2_scenes")" \
+        'NR == 1 {print "image,label"} NR > 1 {print folder "/" $column "," $3}' \
+        "$DATA/s1s2_scenes/pairs.csv" > "$RUNS/scenes-s$column.csv"
+done
+for weights in random stats varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 negatives-seed2; do
+    case $weights in random | stats) ;; *) weights="$RUNS/$weights/encoder.safetensors --bn reestimate" ;; esac
+    probe $RGB --band all --weights $weights
+    probe --dataset csv --root "$RUNS/scenes-s1.csv" --bands-in-file VH --band VH --size 64 --weights $weights
+    probe --dataset csv --root "$RUNS/scenes-s2.csv" --bands-in-file Red --band Red --size 64 --weights $weights
+done
+$PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-varied
 
 # A page of its own for the settings, one change at a time.
 RESULTS=results/proof-settings
