@@ -1093,7 +1093,8 @@ def main() -> int:
                 continue
             due, stop = agree(sums, bad, due, stop)
         cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
-        if line:
+        last = bool(stop) or step == end
+        if line or last:
             total, spread, cosine, replaced = sums.tolist()  # waits for the device
             now = time.monotonic()
             if not math.isfinite(total):
@@ -1108,19 +1109,20 @@ def main() -> int:
             }  # fmt: skip
             if not within and (epoch % watch_every == 0 or epoch == args.epochs):
                 record |= watch_learning(byol, archive, args, device, autocast)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if not within or step == end or now - shown > 30:
+            if not within or last or now - shown > 30:
                 say(progress(record, end - step, args.batch_size))
                 shown = now
             if not within:
                 judge(record, cycle_ends, args)
-            sums.zero_()
-            waited, since = 0.0, time.monotonic()
+            if line:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                sums.zero_()
+                waited, since = 0.0, time.monotonic()
         if cycle_ends:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
-        if due or stop or step == end:
+        if due or last:
             keep()
             saved = time.monotonic()
         if stop:
