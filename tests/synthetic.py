@@ -215,10 +215,8 @@ def draw_tile(
     return s2, s1, modis[cover], covers[cover].astype(np.uint8)
 
 
-def draw_eurosat(
-    rng: np.random.Generator, name: str
-) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-    """S2 [64, 64, 13], S1 [64, 64, 2]: the class's surface, up to a quarter of another one."""
+def draw_eurosat(rng: np.random.Generator, name: str) -> NDArray[np.uint16]:
+    """S2 [64, 64, 13]: the class's surface, up to a quarter of another one."""
     size = 64
     main = EUROSAT[name] or rng.choice(COUNTRY)
     other = rng.choice([s for s in COUNTRY if s != main])
@@ -233,7 +231,7 @@ def draw_eurosat(
         width = rng.uniform(7, 18) if name == "River" else rng.uniform(2, 4)
         cover[np.abs(u - rng.uniform(-12, 12)) < width / 2] = 2
         surfaces.append(SURFACES["water" if name == "River" else "road"])
-    return render(rng, cover, surfaces)
+    return render(rng, cover, surfaces)[0]
 
 
 def to_bytes(rgb: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -410,24 +408,11 @@ def write_eurosat(root: str | Path, per_class: int, seed: int) -> bool:
     def fill(folder: Path) -> None:
         for index in range(10 * per_class):
             name, number = list(EUROSAT)[index % 10], 1 + index // 10
-            tile = draw_eurosat(random_of("eurosat", seed, index), name)[0][..., EUROSAT_ORDER]
+            tile = draw_eurosat(random_of("eurosat", seed, index), name)[..., EUROSAT_ORDER]
             path = folder / name / f"{name}_{number}.tif"
             write_bands(path, tile, 4, f"synthetic EuroSAT {name}", 32632)
 
     return write_archive(Path(root), f"eurosat per_class={per_class} seed={seed}", fill)
-
-
-def write_eurosat_s1(root: str | Path, per_class: int, seed: int) -> bool:
-    """The SAR twin: the places and names of write_eurosat with the same seed, [2, 64, 64] dB."""
-
-    def fill(folder: Path) -> None:
-        for index in range(10 * per_class):
-            name, number = list(EUROSAT)[index % 10], 1 + index // 10
-            tile = draw_eurosat(random_of("eurosat", seed, index), name)[1]
-            path = folder / name / f"{name}_{number}.tif"
-            write_bands(path, tile, 4, f"synthetic EuroSAT SAR {name}", 32632)
-
-    return write_archive(Path(root), f"eurosat_s1 per_class={per_class} seed={seed}", fill)
 
 
 def write_eurosat_rgb(root: str | Path, per_class: int, seed: int) -> bool:
@@ -436,7 +421,7 @@ def write_eurosat_rgb(root: str | Path, per_class: int, seed: int) -> bool:
     def fill(folder: Path) -> None:
         for index in range(10 * per_class):
             name, number = list(EUROSAT)[index % 10], 1 + index // 10
-            rgb = draw_eurosat(random_of("eurosat", seed, index), name)[0][..., RGB]
+            rgb = draw_eurosat(random_of("eurosat", seed, index), name)[..., RGB]
             path = folder / name / f"{name}_{number}.jpg"
             write_jpeg(path, to_bytes(rgb), 100, f"synthetic EuroSAT {name}")
 
@@ -529,7 +514,6 @@ def main() -> int:
     archives = [  # folder, number, what, and what writes it
         ("sen12ms", args.pairs, "pairs", write_sen12ms, {"pairs": args.pairs, "size": args.size}),
         ("eurosat", 10 * args.eurosat, "images of 13 bands", write_eurosat, eurosat),
-        ("eurosat_s1", 10 * args.eurosat, "SAR twins of them", write_eurosat_s1, eurosat),
         ("eurosat_rgb", 10 * args.eurosat, "RGB images", write_eurosat_rgb, eurosat),
         ("resisc45", 45 * args.resisc45, "images", write_resisc45, {"per_class": args.resisc45}),
         ("dfc2020", validation + test, "validation and test tiles", write_dfc2020, dfc2020),

@@ -29,7 +29,6 @@ from synthetic import (
     write_dfc2020,
     write_eurosat,
     write_eurosat_rgb,
-    write_eurosat_s1,
     write_resisc45,
     write_sen12ms,
     write_tiff,
@@ -201,24 +200,6 @@ def test_eurosat_rgb_shows_the_same_places(tmp_path, eurosat):
         assert np.allclose(np.asarray(picture).mean((0, 1)), expected.mean((0, 1)), atol=2), name
 
 
-def test_the_sar_twin_shows_the_same_places(tmp_path, eurosat):
-    write_eurosat_s1(tmp_path / "eurosat_s1", per_class=4, seed=0)
-    twins = sorted((tmp_path / "eurosat_s1").rglob("*.tif"))
-    assert len(twins) == 40
-    rows = []
-    for path in twins:
-        decibel = tifffile.imread(path)
-        assert (decibel.shape, decibel.dtype) == ((64, 64, 2), "float32")
-        assert -35 < decibel.mean() < 0
-        names = [path.relative_to(tmp_path / "eurosat_s1"), twins[len(rows) - 1].relative_to(
-            tmp_path / "eurosat_s1")]  # fmt: skip
-        optical = [tifffile.imread(eurosat / name).mean(2) for name in names]
-        smooth = [ndimage.gaussian_filter(x, 1.5).ravel() for x in (decibel[..., 0], *optical)]
-        rows.append(np.abs(np.corrcoef(smooth)[0, 1:]))  # the same place, another
-    same, other = np.mean(rows, axis=0)
-    assert same > 0.3 and other < 0.15, (same, other)
-
-
 def test_resisc45_has_45_folders(tmp_path):
     write_resisc45(tmp_path / "resisc45", per_class=1, seed=0, size=64)
     found = sorted((tmp_path / "resisc45" / "NWPU-RESISC45").glob("*/*.jpg"))
@@ -351,7 +332,7 @@ SMALL = "--pairs 2 --eurosat 1 --resisc45 1 --dfc2020 1 1 --size 32".split()
 
 def test_the_command_writes_all_then_skips_them(tmp_path):
     done = run(tmp_path / "demo", *SMALL)
-    names = "sen12ms eurosat eurosat_s1 eurosat_rgb resisc45 dfc2020".split()
+    names = "sen12ms eurosat eurosat_rgb resisc45 dfc2020".split()
     assert done.returncode == 0 and done.stderr == ""
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
         str(tmp_path / "demo" / name) for name in names
