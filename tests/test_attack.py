@@ -565,7 +565,7 @@ def bombs():
     zeros = bytes(2**26)
     packed = {
         5: imagecodecs.lzw_encode(zeros), 8: zlib.compress(zeros, 9),
-        32773: b"\x81\0" * 2**19, 50000: imagecodecs.zstd_encode(zeros),
+        32773: b"\xfe\0" + b"\x81\0" * 2**19, 50000: imagecodecs.zstd_encode(zeros),
     }  # fmt: skip
     for number, data in packed.items():
         names = {5: "lzw", 8: "deflate", 32773: "packbits", 50000: "zstd"}
