@@ -692,12 +692,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         fail(1, f"cannot save {path}: {reason(error)}: mend it, then --resume")
 
 
-def say(text: str, end: str = "\n") -> None:
+def say(text: str) -> None:
     """Print, by the first process; a reader that has gone or a full disk does not end a run."""
     if RANK or sys.stdout is None:
         return
     try:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -921,11 +921,6 @@ def agree(sums: Tensor, bad: dict, due: bool, stop: int) -> tuple[bool, int]:
     return due, stop
 
 
-def own_processors() -> int:
-    """Processors for this process's reading threads."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def first_step(byol: BYOL, take: Callable[[], Tensor]) -> Tensor:
     """A step that compiles; without torch.compile where that fails: no compiler, an old card."""
     say("compiling, minutes")
@@ -1012,6 +1007,8 @@ def prepare() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
              f"{config['pairs']['used']}, now {pairs})")  # fmt: skip
     if args.compile is None:
         args.compile = device.type == "cuda" and WORLD == 1
+    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    args.threads = args.threads or max(1, processors)  # of this process, that read
     stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
     return args, config, archive._replace(stats=stats), device
 
@@ -1067,7 +1064,7 @@ def main() -> int:
 
     shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
     wanted = requests(archive, args, range(step, end))
-    for batch in bandcrop.stream(wanted, shape, device, args.threads or own_processors()):
+    for batch in bandcrop.stream(wanted, shape, device, args.threads):
         if problem := replace_bad(batch, bad, archive, args):
             if step > began_at:
                 keep()
