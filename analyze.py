@@ -201,6 +201,7 @@ class Result:
         self.recipe = recipe_of(about)
         self.pretraining = clean(about.get("seed"))
         self.epoch = float(about.get("epoch", "nan"))  # of the pre-training
+        self.synthetic_tiles = about.get("synthetic") == "true"  # it was pre-trained on these
         self.label = ""  # of its row in a table; see label_rows
         self.usage: tuple[str, ...] = ()  # the part of it that says how the weights were used
         self.judged = True  # False: an earlier epoch of a pre-training; see judge_last
@@ -253,7 +254,7 @@ def label_rows(results: list[Result]) -> None:
                     apart.add(key)
         for r in alike:
             r.usage = tuple(f"{key} {r.setting(key)}" for key in sorted(apart) if r.setting(key))
-            r.usage += ("synthetic tiles",) * (r.config.get("encoder_synthetic") is True)
+            r.usage += ("synthetic tiles",) * r.synthetic_tiles
             place = [places[r.file]] if r.file and len({s.file for s in alike}) > 1 else []
             if place and list(places.values()).count(*place) > 1:  # two folders of one name
                 place = [r.file[:8]]
@@ -516,7 +517,7 @@ def paper_value(r: Result, metric: str, column: str) -> str:
 
     Only for the paper's data: DFC2020 with 8 classes, EuroSAT whole or 7000, SEN12MS 5000.
     """
-    if r.synthetic or r.finetuned or r.train_images or r.config.get("encoder_synthetic"):
+    if r.synthetic or r.finetuned or r.train_images or r.synthetic_tiles:
         return ""
     place = (r.dataset, r.subset, column)
     if r.stage == "probe" and r.name in PAPER_II and place in PAPER_II_COLUMNS:

@@ -653,6 +653,7 @@ def test_the_papers_figures_stand_only_beside_the_papers_data(tmp_path):
     assert paper("probe", "RS-BYOL-3 S1S2", SAR, "f1_macro", **s12) == "0.83"
     assert paper("probe", "random", RGB, "f1_macro", dataset="resisc45", subset=None) == "0.36"
     for changes in ({"subset": 500}, {"dataset": "eurosat-rgb"}, {"synthetic": True},
+                    {"encoder": {"synthetic": "true"}},
                     {"train_images": 10}, {"finetune": True}):  # fmt: skip
         assert paper("probe", "SeCo", RGB, "f1_macro", **changes) == ""
     assert paper("probe", "SeCo", ["Red"], "f1_macro") == ""
