@@ -94,7 +94,7 @@ VARIANTS = {  # name, random MS bands and SAR bands of a pair
 }
 RECIPES = {  # defaults that differ from the paper's
     "paper": {},
-    "small": {"lr": 0.03, "tau": 0.99, "blur": "0,0", "erase": 0.0},  # README: what was measured
+    "small": {"lr": 0.03, "tau": 0.99, "blur": "0,0", "erase": 0.0, "negatives": 0.2},  # PROOF.md
 }
 # What a resumed run may change: where things are and how long it goes on, never what is computed.
 MAY_CHANGE = (
@@ -177,8 +177,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="of all weights, biases and BatchNorm too (paper: 1e-5; BYOL leaves these out)")
     add("--tau", type=share, default=0.9, help="teacher's decay a step (paper: 0.9; BYOL: 0.99+)")
     add("--negatives", type=positive, default=0.0, metavar="TEMPERATURE",
-        help="tell the place from the batch's others (InfoNCE; 0.2 measured) instead of BYOL's "
-        "loss: no longer BYOL, and named so; 0: off")
+        help="tell the place from the batch's others (InfoNCE) instead of BYOL's loss: no longer "
+        "BYOL, and named so; 0: off")
 
     add = parser.add_argument_group("augmentation, drawn for each view").add_argument
     add("--crop-area", type=number(float, 0.001, 1), default=0.08,
@@ -217,6 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
 def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """The command line and, where it goes on with a run, that run's config, which binds it."""
     parser, typed = make_parser(), sys.argv[1:]
+    unset = vars(parser.parse_args([]))  # of a setting that an older version did not know
 
     def parse(words: list[str]) -> argparse.Namespace:
         parser.set_defaults(**RECIPES[parser.parse_args(words).recipe])
@@ -232,17 +233,17 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
             fail(2, f"{args.out} holds another run: --resume goes on, or choose another --out")
         try:
             config = json.loads(file.read_text())
-            saved, bands = config["settings"], config["bands"]
+            saved, bands = unset | config["settings"], config["bands"]
             now = parse(shlex.split(config["command"])[1:] + typed)
-            np.array([bands["mean"], bands["std"]], float), saved["arch"], config["pairs"]["sha256"]
+            np.array([bands["mean"], bands["std"]], float), config["pairs"]["sha256"]
             DTYPES[config["precision"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
         now.out, now.max_steps, now.resume, args = args.out, args.max_steps, True, now
         changed = [
-            f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}"
+            f"--{key.replace('_', '-')} was {saved[key]}, is {value}"
             for key, value in vars(args).items()
-            if key not in MAY_CHANGE and value != saved.get(key, parser.get_default(key))
+            if key not in MAY_CHANGE and value != saved[key]
         ]
         if changed:
             fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
@@ -991,6 +992,8 @@ def prepare() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
     args, config = read_settings()
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
         fail(2, f"--batch-size {args.batch_size} is not 2 or more for each of {WORLD} processes")
+    if WORLD > 1 and args.negatives:
+        fail(2, "--negatives compares the places of one process: not with torchrun")
     device, precision = choose_device(args.device, (config or vars(args))["precision"])
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

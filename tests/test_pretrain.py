@@ -207,13 +207,28 @@ def test_with_negatives_the_loss_is_infonce_written_out():
     assert plain(p, t).item() == pytest.approx(((unit_p - unit_t) ** 2).sum(1).mean().item())
 
 
-def test_negatives_are_named_in_the_run_and_in_its_encoder(archive, tmp_path):
+def test_negatives_are_named_in_the_run_and_in_its_encoder(archive, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    said = trained("--mode", "single", "--root", archive, *SMALL, "--negatives", 0.2,
-                   "--max-steps", 2, "--out", out)  # fmt: skip
+    common = ["--mode", "single", "--root", archive, *SMALL, "--recipe", "small", "--out", out]
+    said = trained(*common, "--max-steps", 2)
     assert "RS-BYOL-1 with negatives: 12" in said
     with safe_open(out / "encoder.safetensors", "pt") as file:
         assert file.metadata()["name"] == "RS-BYOL-1 with negatives"
+    monkeypatch.setattr(pretrain, "WORLD", 2)
+    assert "--negatives compares the places of one process" in refused(2, *common, "--resume")
+
+
+def test_a_run_of_the_small_recipe_from_before_it_had_negatives_stays_byol(archive, tmp_path):
+    out = tmp_path / "run"
+    common = ["--mode", "single", "--root", archive, *SMALL, "--recipe", "small", "--out", out]
+    trained(*common, "--negatives", 0, "--max-steps", 2)
+    config = json.loads((out / "config.json").read_text())
+    del config["settings"]["negatives"]
+    config["command"] = config["command"].replace("--negatives 0 ", "")
+    (out / "config.json").write_text(json.dumps(config))
+    assert "--negatives was 0.0, is 0.2" in refused(2, "--resume", "--out", out)
+    assert "resumed at step 2" in trained("--resume", "--out", out, "--negatives", 0,
+                                          "--max-steps", 3)  # fmt: skip
 
 
 def test_a_step_that_loss_scaling_skips_leaves_weights_and_momentum_clean():
