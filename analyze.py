@@ -950,8 +950,11 @@ def draw_runs(runs: list[Run]):
             style = {"color": COLOURS[index % 7], "ls": ["-", "--", "-."][index // 7 % 3]}
             (legend[run.name],) = axis.plot(x, y, marker="." * (len(x) < 40), **style)
         axis.set(xlabel="step", ylabel=LOGGED[key])
+        axis.set_xlim(left=0)
         if key in ("std", "match"):
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, max(1.1 * axis.dataLim.y1, 0.55 * (key == "match")))
+        if key == "match":
+            axis.axhline(0.5, color="black", ls="--")  # chance
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     legend_below(figure, legend)

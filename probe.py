@@ -311,17 +311,19 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     tasks = {result["config"]["task"] for result in results}
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         other = json.loads(path.read_text())
-        alike = other["config"].get("task") in tasks and all(
-            other["config"].get(key) in (None, config.get(key)) for key in ("arch", "bn")
-        )  # None: the floor has neither
+        alike = other["config"].get("task") in tasks
+        alike &= other["config"].get("arch") in (None, config["arch"])  # None: the floor has none
         if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
             results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        column = columns.setdefault(result["weights"]["name"], {})
+        title, bn = result["weights"]["name"], result["config"].get("bn")
+        title += f", bn {bn}" * (bn not in (None, config.get("bn")))
+        column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
-    print("".join(f"{title:22}" for title in ("band", *columns)).rstrip())
+    widths = [max(len(title), 13) + 2 for title in ("band", *columns)]
+    print("".join(map(str.ljust, ("band", *columns), widths)).rstrip())
     for band in bands:
         cells = [band]
         for values in (column.get(band, []) for column in columns.values()):
@@ -329,7 +331,7 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
             if len(values) > 1:
                 error = np.std(values, ddof=1) / len(values) ** 0.5
                 cells[-1] += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
-        print("".join(f"{cell:22}" for cell in cells).rstrip(), flush=True)
+        print("".join(map(str.ljust, cells, widths)).rstrip(), flush=True)
 
 
 class Progress:

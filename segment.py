@@ -267,17 +267,19 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     tasks = {result["config"]["task"] for result in results}
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         other = json.loads(path.read_text())
-        alike = other["config"].get("task") in tasks and all(
-            other["config"].get(key) in (None, config.get(key)) for key in ("arch", "bn")
-        )  # None: the floor has neither
+        alike = other["config"].get("task") in tasks
+        alike &= other["config"].get("arch") in (None, config["arch"])  # None: the floor has none
         if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
             results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        column = columns.setdefault(result["weights"]["name"], {})
+        title, bn = result["weights"]["name"], result["config"].get("bn")
+        title += f", bn {bn}" * (bn not in (None, config.get("bn")))
+        column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
-    print("".join(f"{title:22}" for title in ("band", *columns)).rstrip())
+    widths = [max(len(title), 13) + 2 for title in ("band", *columns)]
+    print("".join(map(str.ljust, ("band", *columns), widths)).rstrip())
     for band in bands:
         cells = [band]
         for values in (column.get(band, []) for column in columns.values()):
@@ -285,7 +287,7 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
             if len(values) > 1:
                 error = np.std(values, ddof=1) / len(values) ** 0.5
                 cells[-1] += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
-        print("".join(f"{cell:22}" for cell in cells).rstrip(), flush=True)
+        print("".join(map(str.ljust, cells, widths)).rstrip(), flush=True)
 
 
 class Progress:
@@ -747,7 +749,7 @@ def draw_maps(
     for row, name, image, truth, guess in zip(axes, names, images, truths, said, strict=True):
         pixels = np.clip(image / 4 + 0.5, 0, 1).transpose(1, 2, 0)  # two deviations either way
         row[0].imshow(pixels, "gray", vmin=0, vmax=1)
-        row[0].set_xlabel(name, fontsize=8)
+        row[0].set_xlabel(Path(name).stem, fontsize=8)
         for axis, mask in ((row[1], truth), (row[2], guess)):
             counted = np.ma.masked_where(truth == IGNORED, mask)  # the others stay white
             axis.imshow(counted, colours, vmin=0, vmax=last, interpolation="nearest")
@@ -807,8 +809,9 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
         return path
 
     title = f"{'+'.join(bands)}, seed {seed}"
-    print(f"{title}: {len(drawn)} tiles to train ({len(drawn) - len(used)} of them without a pixel "
-          f"that counts), {len(test)} to test", flush=True)  # fmt: skip
+    blank = len(drawn) - len(used)
+    without = f" ({blank} of them without a pixel that counts)" if blank else ""
+    print(f"{title}: {len(drawn)} tiles to train{without}, {len(test)} to test", flush=True)
     norm = band_statistics(tiles, drawn, bands, args)
     said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed)
     truth = tiles.masks[test]

@@ -500,7 +500,7 @@ def main() -> int:
     number = partial(parser.add_argument, type=count)
     number("--seed", default=0, help="another seed gives other tiles")
     number("--pairs", default=160, help="SEN12MS pairs")
-    number("--eurosat", default=40, help="EuroSAT images a class: S2, S1, JPEG")
+    number("--eurosat", default=40, help="EuroSAT images a class: 13 bands, JPEG")
     number("--resisc45", default=4, help="RESISC45 images a class")
     number("--dfc2020", default=[24, 48], nargs=2, help="validation and test tiles")
     number("--size", default=256, help="side of SEN12MS and DFC2020 tiles in pixels")

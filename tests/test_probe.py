@@ -841,6 +841,9 @@ def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floo
             else:
                 cells.append("-")
         assert line.split() == cells
+    probe_run(photos, tmp_path, "--seeds", 2, "--bn", "reestimate", weights=file)
+    titles = capsys.readouterr().out.splitlines()[-2]
+    assert titles.split("  ")[:3] == ["band", "", ""] and "Random init, bn encoder  " in titles
 
 
 def test_progress_stands_in_a_log_file_once_a_minute(monkeypatch, capsys):
