@@ -531,6 +531,17 @@ def test_every_line_says_what_goes_on_in_80_columns(archive, tmp_path):
     assert len(pretrain.progress(worst, 10**8, 32)) <= 80
 
 
+def test_a_collapse_and_a_byol_whose_cosine_stays_high_are_warned_of(capsys):
+    def warned(*more: str, step: int = 2000, **seen: float) -> str:
+        record = {"step": step, "std": 0.06, "cosine": 0.3} | seen
+        pretrain.judge(record, cycle_ends=True, args=flags(*more))
+        return capsys.readouterr().err
+
+    assert "cosine is 0.70" in warned(cosine=0.7) and "COLLAPSE" in warned(std=0.001)
+    for quiet in (warned(), warned(cosine=0.7, step=500), warned("--negatives", "0.2", cosine=0.7)):
+        assert quiet == ""
+
+
 def test_help_shows_every_default_and_every_choice_the_paper_leaves_open():
     status, text, _ = here("--help")
     assert status == 0 and "RS-BYOL-3 RGB-S1S2" in text and "[open]" in text
