@@ -982,8 +982,8 @@ def judge(record: dict, cycle_ends: bool, args: argparse.Namespace) -> None:
         warn(f"COLLAPSE: the projection's spread is {record['std']:.2g}: try a higher --tau or a "
              "lower --lr")  # fmt: skip
     late = record["step"] >= 1000  # before, the cosine tells nothing
-    byol = args.views == "ms-sar" and not args.negatives
-    if cycle_ends and late and record["cosine"] > 0.6 and byol:
+    as_the_twelve = args.views == "ms-sar" and not args.negatives
+    if cycle_ends and late and record["cosine"] > 0.6 and as_the_twelve:
         warn(f"cosine is {record['cosine']:.2f} at a cycle's end: of twelve runs those that learnt "
              "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (README)")  # fmt: skip
 

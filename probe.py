@@ -322,8 +322,9 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
-    widths = [max(len(title), 13) + 2 for title in ("band", *columns)]
-    print("".join(map(str.ljust, ("band", *columns), widths)).rstrip())
+    titles = ("band", *columns)
+    widths = [max(len(title), 13) + 2 for title in titles]
+    print("".join(map(str.ljust, titles, widths)).rstrip())
     for band in bands:
         cells = [band]
         for values in (column.get(band, []) for column in columns.values()):

@@ -278,8 +278,9 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}, mean over seeds ± half the 95 % interval")
-    widths = [max(len(title), 13) + 2 for title in ("band", *columns)]
-    print("".join(map(str.ljust, ("band", *columns), widths)).rstrip())
+    titles = ("band", *columns)
+    widths = [max(len(title), 13) + 2 for title in titles]
+    print("".join(map(str.ljust, titles, widths)).rstrip())
     for band in bands:
         cells = [band]
         for values in (column.get(band, []) for column in columns.values()):
@@ -749,7 +750,7 @@ def draw_maps(
     for row, name, image, truth, guess in zip(axes, names, images, truths, said, strict=True):
         pixels = np.clip(image / 4 + 0.5, 0, 1).transpose(1, 2, 0)  # two deviations either way
         row[0].imshow(pixels, "gray", vmin=0, vmax=1)
-        row[0].set_xlabel(Path(name).stem, fontsize=8)
+        row[0].set_xlabel(name if len(name) < 36 else "…" + name[-35:], fontsize=8)
         for axis, mask in ((row[1], truth), (row[2], guess)):
             counted = np.ma.masked_where(truth == IGNORED, mask)  # the others stay white
             axis.imshow(counted, colours, vmin=0, vmax=last, interpolation="nearest")
