@@ -87,11 +87,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.root = args.root or Path("data") / args.dataset
     least = {"size": 32, "epochs": 1, "seeds": 1, "maps": 0, "num_images": 2, "batch_size": 2}
     for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            flag = name.replace("_", "-")
-            fail(2, f"--{flag} {getattr(args, name)}: must be at least {value}")
-    if args.weights == "scratch" and args.stats != "train":
-        fail(2, "--weights scratch trains the encoder: --stats does not apply")
+        if (given := getattr(args, name)) is not None and given < value:
+            fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
     if args.dataset == "dfc2020":
         if args.classes not in (None, "8", "10"):
             fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
