@@ -578,7 +578,6 @@ class Tiles(NamedTuple):
     names: list[str]  # of the masks, below --root
     files: list[tuple[str, str]]  # S2, S1
     bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
-    counts: tuple[int, int]  # how many bands each of `files` must have
     masks: np.ndarray  # uint8 [N, S, S]: place in --classes, IGNORED where a pixel does not count
     windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
     part: list[str] | None  # train, val or test, where the archive says so
@@ -612,8 +611,7 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
                 fail(1, f"{path}: has {has} bands, {expected} {widths[kind]}")
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
-        bands=bands[0] | bands[1], counts=(widths["s2"], widths["s1"]),
-        **read_masks(files["mask"], args), part=part,
+        bands=bands[0] | bands[1], **read_masks(files["mask"], args), part=part,
         digest=digest_of([digest_files(sum(files.values(), [])), part]),
         synthetic=(folder / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
@@ -694,10 +692,7 @@ def source(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
     """Where bandcrop finds these bands of these tiles."""
     where = [tiles.bands[band] for band in bands]
     paths = [[tiles.files[row][file] for file, _ in where] for row in rows]
-    return {
-        "paths": paths, "bands": [[band for _, band in where]] * len(rows),
-        "bands_in_file": [[tiles.counts[file] for file, _ in where]] * len(rows),
-    }  # fmt: skip
+    return {"paths": paths, "bands": [[band for _, band in where]] * len(rows)}
 
 
 def band_statistics(
