@@ -632,12 +632,10 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
         masks += [(part, str(mask.relative_to(root))) for mask in found]
     if not masks:
         fail(2, f"{root}: {NO_DFC2020}")
-    twin = r"dfc(_\w+)?/(\w+)_dfc_"
     return [
-        {"split": part, "mask": mask}
-        | {s: re.sub(twin, rf"{s}\1/\2_{s}_", mask) for s in ("s1", "s2")}
-        for part, mask in masks
-    ]
+        {"split": part} | {kind: re.sub("dfc(?!2020)", kind, mask) for kind in ("s1", "s2")}
+        | {"mask": mask} for part, mask in masks
+    ]  # fmt: skip
 
 
 def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -663,9 +661,7 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
     return {"masks": np.stack(masks), "windows": np.array(windows)}
 
 
-def split_tiles(
-    tiles: Tiles, args: argparse.Namespace, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.ndarray, ...]:
     """Places of the training tiles, of those with a pixel that counts, and of the test tiles."""
     rng = np.random.default_rng(seed)
     if args.split == "random":
