@@ -723,19 +723,16 @@ def read_images(
 
 
 # ---------------------------------------------------------------------------------------- maps
-def draw_maps(
-    path: Path, names: list[str], images: np.ndarray, truths: np.ndarray, said: np.ndarray,
-    classes: list[str],
-) -> None:  # fmt: skip
-    """A sheet with a row for each tile: image [C, H, W], truth and prediction [H, W]."""
+def draw_maps(path: Path, tiles: list[tuple], classes: list[str]) -> None:
+    """A sheet with a row for each tile: name, image [C, H, W], truth and prediction [H, W]."""
     from matplotlib import colormaps  # here: it takes a second to import
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours, last = colormaps["tab20"].resampled(len(classes)), len(classes) - 1
-    figure = Figure(figsize=(7.5, 2.5 * len(names) + 0.8), layout="constrained")
-    axes = figure.subplots(len(names), 3, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for row, name, image, truth, guess in zip(axes, names, images, truths, said, strict=True):
+    figure = Figure(figsize=(7.5, 2.5 * len(tiles) + 0.8), layout="constrained")
+    axes = figure.subplots(len(tiles), 3, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for row, (name, image, truth, guess) in zip(axes, tiles, strict=True):
         pixels = np.clip(image / 4 + 0.5, 0, 1).transpose(1, 2, 0)  # two deviations either way
         row[0].imshow(pixels, "gray", vmin=0, vmax=1)
         row[0].set_xlabel(name if len(name) < 36 else "…" + name[-35:], fontsize=8)
@@ -810,7 +807,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
         batches = read_images(tiles, test[shown], bands, norm, torch.device("cpu"))
         images = torch.cat([x.clone() for x in batches]).numpy()
         names = [tiles.names[row] for row in test[shown]]
-        draw_maps(png, names, images, truth[shown], said[shown], classes)
+        draw_maps(png, [*zip(names, images, truth[shown], said[shown], strict=True)], classes)
     unseen = check_bands(weights, bands, args.stats)
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
