@@ -476,7 +476,7 @@ def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         maps = one.new_empty((len(images), *one.shape[1:]))
         for at in range(0, len(images), ENCODE_BATCH):
             maps[at : at + ENCODE_BATCH] = feature_maps(encoder, images[at : at + ENCODE_BATCH])
-            progress(min(at + ENCODE_BATCH, len(images)), len(images))
+            progress(at + ENCODE_BATCH, len(images))  # silent at the end
     return maps
 
 
@@ -531,7 +531,7 @@ def train(
     for epoch in range(args.epochs):
         batches = torch.randperm(len(x), generator=draw).to(x.device).tensor_split(count)
         losses.append(float(train_epoch(model, x, masks, batches, optimiser, schedule)))
-        if not np.isfinite(losses[-1]) or not all(bool(p.isfinite().all()) for p in trained):
+        if not np.isfinite(losses[-1]) or not all(p.isfinite().all() for p in trained):
             fail(1, f"loss or weights are not finite after epoch {epoch + 1}: training diverged")
         progress(epoch + 1, args.epochs, f", loss {losses[-1]:.3f}")
     model.eval()
@@ -640,8 +640,8 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
 
 def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarray]:
     """The middle of each mask, and where that is: `masks` and `windows` of Tiles."""
-    ids = [i for i in range(len(args.classes) + len(args.ignore)) if i not in args.ignore]
-    ids = ids[: len(args.classes)]
+    count = len(args.classes)
+    ids = np.setdiff1d(range(count + len(args.ignore)), args.ignore)[:count]
     masks, windows = [], []
     for path in paths:
         whole = bandcrop.read(path)[0]  # of any type
@@ -654,7 +654,7 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
         mask = np.full(cut.shape, IGNORED, np.uint8)
         for number, id in enumerate(ids):
             mask[cut == id] = number
-        if (strange := cut[~np.isin(cut, ids + args.ignore)]).size:
+        if (strange := cut[~np.isin(cut, [*ids, *args.ignore])]).size:
             fail(1, f"{path}: holds {strange[0]}: neither named by --classes nor in --ignore")
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
@@ -676,7 +676,7 @@ def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.n
         train = np.sort(rng.permutation(np.flatnonzero(part != "test"))[: args.num_images])
         test = np.flatnonzero(part == "test")
     counts, truth = (tiles.masks != IGNORED).any((1, 2)), tiles.masks[train]
-    held = sum(bool((truth == number).any()) for number in range(len(args.classes)))
+    held = np.unique(truth[truth != IGNORED]).size
     if counts[train].sum() < 2 or held < 2 or not counts[test].any():
         fail(1, f"{args.root}: pixels that count are in {counts[train].sum()} training tiles (2 "
                 f"needed), of {held} classes (2), and in {counts[test].sum()} test tiles (1); see "
@@ -711,8 +711,7 @@ def read_images(
     """Standardised images float32 [n, C, S, S] on the device; on the CPU valid until the next."""
     side, progress, done = tiles.masks.shape[-1], Progress("tiles read"), 0
     requests = []
-    for at in range(0, len(rows), ENCODE_BATCH):
-        part = rows[at : at + ENCODE_BATCH]
+    for part in np.split(rows, range(ENCODE_BATCH, len(rows), ENCODE_BATCH)):
         mean, std = np.repeat(np.float32(norm)[:, None], len(part), axis=1)
         more = {"windows": tiles.windows[part], "mean": mean, "std": std}
         requests.append(source(tiles, part, bands) | more)
