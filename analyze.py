@@ -123,10 +123,7 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 def clean(value: object) -> str:
-    """Any value as text fit for terminal, SVG and table: one line, nothing that cannot be printed.
-
-    Control characters and lone surrogates become a replacement character.
-    """
+    """Any value as text for terminal, SVG and table: one line; U+FFFD for what is not printable."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
@@ -840,12 +837,10 @@ def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
 
 def draw_steps(table: Table):
     """F1 against the length of pre-training: a thin line for each that was probed at several."""
-    runs: dict[tuple, Points] = {}
-    for row in (row for row in table.rows if row not in table.recipes):
-        if (r := table.first(row)).recipe:
-            of = runs.setdefault((r.recipe, r.pretraining, r.usage), [])
-            of.append((r.epoch, row, table))
-    lines = {max(points)[1]: points for points in runs.values() if len(points) > 1}
+    encoders = [table.first(row) for row in table.rows if row not in table.recipes]
+    runs = groups([r for r in encoders if r.recipe], "recipe", "pretraining", "usage").values()
+    several = [[(r.epoch, r.label, table) for r in run] for run in runs if len(run) > 1]
+    lines = {max(points)[1]: points for points in several}
     if not lines:
         return None
     epochs = [epoch for points in lines.values() for epoch, _, _ in points]
