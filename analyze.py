@@ -108,10 +108,7 @@ PAPER_III = {
     ("RS-BYOL-3 S1S2", "miou"): "51.6 51.3 51.6", ("RS-BYOL-3 S1S2", "aa"): "66.9 65.8 65.5",
     ("SeCo", "miou"): "50.2 50.5 45.0", ("SeCo", "aa"): "64.8 64.8 60.9",
 }  # fmt: skip
-PAPER_TABLES = {  # stage, channels
-    ("segment", 1): " (as the paper's Table I)", ("probe", 3): " (as the paper's Table II)",
-    ("segment", 3): " (as the paper's Table III)",
-}  # fmt: skip
+PAPER_TABLES = {("segment", 1): "I", ("probe", 3): "II", ("segment", 3): "III"}  # stage, channels
 
 # ---------------------------------------------------------------------------- reading
 
@@ -458,7 +455,8 @@ class Table:
     def __init__(self, number: int, title: str, results: list[Result]) -> None:
         self.number, self.title, self.results = number, title, results
         self.stage, self.channels = results[0].stage, results[0].channels
-        like = PAPER_TABLES.get((self.stage, self.channels), "")
+        paper = PAPER_TABLES.get((self.stage, self.channels))
+        like = f" (as the paper's Table {paper})" if paper else ""
         self.caption = f"Table {number}{like}. {title}"
         self.metric = next(iter(SHOWN[self.stage].values()))  # the one of verdicts and figures
         self.form = ".1f" if self.stage == "segment" else ".3f"
