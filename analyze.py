@@ -817,10 +817,9 @@ def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
     legend: dict[str, Any] = {}
     means: list[float] = []
     for index, (line, points) in enumerate(lines.items()):
-        x, y, half = np.array(
-            sorted((x, *t.mean(row, t.metric, bands)[1:]) for x, row, t in points)
-        ).T
-        name, half = points[0][2].first(points[0][1]).name, np.nan_to_num(half)
+        values = sorted((x, *t.mean(row, t.metric, bands)[1:]) for x, row, t in points)
+        x, y, half = np.nan_to_num(values).T
+        name = points[0][2].first(points[0][1]).name
         colour = {"random": GREY, "stats": "black"}.get(name, COLOURS[index % 7])
         legend[line] = axis.errorbar(x, y, half if whiskers else None, color=colour,
                                      ls="--" if name == "stats" else "-", marker="o")  # fmt: skip
