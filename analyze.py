@@ -1071,7 +1071,7 @@ def html_page(sections: list[list[Table]], runs: list[Run], embeddings: list[Pat
     """The whole page; what has failed until the end of it is in pictures.faults."""
     parts = [html_section(pictures, tables) for tables in sections]
     if embeddings:
-        text = "What probe.py --embed wrote: t-SNE of the features, by class."
+        text = "What probe.py --embed wrote (four files at most): t-SNE of the features, by class."
         parts.append("<h2>Embeddings</h2>\n")
         parts.append(pictures.figure("tsne", text, draw_tsne, embeddings, pictures.faults))
     if runs:

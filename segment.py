@@ -627,8 +627,11 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
             if not name.endswith(".tif"):
                 fail(1, f"{table}: {name[:40]!r} is no name of a mask")
             masks.append((part, f"{inner}dfc/{name}"))
+    listed = len(masks)
     for part, folder in (("train", "ROIs0000_validation"), ("test", "ROIs0000_test")):
         found = sorted(root.glob(f"{folder}/dfc_*/*_dfc_*.tif"))
+        if listed and found:  # the two split the same tiles otherwise
+            fail(2, f"{root} holds DFC2020 twice: {folder} and dfc-*-new.csv: move one away")
         masks += [(part, str(mask.relative_to(root))) for mask in found]
     if not masks:
         fail(2, f"{root}: {NO_DFC2020}")

@@ -494,6 +494,13 @@ def test_both_dfc2020_layouts_are_read(tmp_path, copernicus, types):
         np.testing.assert_allclose(images[:, 1], (s2 - mean[1]) / std[1], atol=1e-4)
 
 
+def test_both_dfc2020_layouts_at_once_are_refused(tmp_path, capsys):
+    for copernicus in (False, True):  # else the same tile can be in training and in test
+        write_dfc2020(tmp_path / "dfc2020_s1s2", copernicus)
+    argv = ["--dataset", "dfc2020", "--root", str(tmp_path / "dfc2020_s1s2"), "--band", "VV"]
+    refused(capsys, 2, [*argv, "--out", str(tmp_path)], "holds DFC2020 twice")
+
+
 def test_a_list_that_is_no_text_is_one_line(tmp_path, capsys):
     root = write_dfc2020(tmp_path / "dfc2020_s1s2", True)
     (root / "dfc-val-new.csv").write_bytes(b"\x89PNG\r\n\x1a\n\0\xff")
