@@ -37,6 +37,7 @@ import signal
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -214,12 +215,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings() -> tuple[argparse.Namespace, dict | None]:
+def read_settings() -> tuple[Namespace, dict | None]:
     """The command line and, where it goes on with a run, that run's config, which binds it."""
     parser, typed = make_parser(), sys.argv[1:]
     unset = vars(parser.parse_args([]))  # of a setting that an older version did not know
 
-    def parse(words: list[str]) -> argparse.Namespace:
+    def parse(words: list[str]) -> Namespace:
         parser.set_defaults(**RECIPES[parser.parse_args(words).recipe])
         return parser.parse_args(words)
 
@@ -254,7 +255,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     return args, config
 
 
-def run_name(args: argparse.Namespace, pairs: int) -> str:
+def run_name(args: Namespace, pairs: int) -> str:
     """The paper's name of what these settings train."""
     name = VARIANTS[args.mode, args.views][0]
     if name == "RS-BYOL-1":
@@ -330,7 +331,7 @@ def contrast(prediction: Tensor, target: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(p @ t.T / temperature, torch.arange(len(p), device=p.device))
 
 
-def make_optimizer(byol: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+def make_optimizer(byol: nn.Module, args: Namespace) -> torch.optim.SGD:
     weights = [weight for weight in byol.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(
         weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
@@ -341,8 +342,8 @@ def make_optimizer(byol: nn.Module, args: argparse.Namespace) -> torch.optim.SGD
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, a: Tensor,
-    b: Tensor, lr: float, tau: float, autocast: Callable[[], torch.autocast],
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    a: Tensor, b: Tensor, lr: float, tau: float, autocast: Callable[[], torch.autocast],
 ) -> Tensor:  # fmt: skip
     """Learn from one batch of views; returns what to watch. `model`: a BYOL, or DDP of one."""
     for group in optimizer.param_groups:
@@ -364,7 +365,7 @@ def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
     return at, length
 
 
-def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
+def learning_rate(step: int, steps_per_epoch: int, args: Namespace) -> float:
     """Cosine annealing with warm restarts (Loshchilov and Hutter 2017) at one step."""
     at, length = in_cycle(step, args.restart_epochs * steps_per_epoch, args.restart_mult)
     return args.lr_min + (args.lr - args.lr_min) * (1 + math.cos(math.pi * at / length)) / 2
@@ -380,7 +381,7 @@ def shifts(size: int, device: torch.device) -> Tensor:
     return F.one_hot(source, size).float().flatten(1)
 
 
-def augment(x: Tensor, draws: Tensor, args: argparse.Namespace) -> Tensor:
+def augment(x: Tensor, draws: Tensor, args: Namespace) -> Tensor:
     """Rotation, blur, greyscale, erasing of normalised views; 0 is the band's mean.
 
     x [N, C, S, S], draws [N, 7] = angle (radians, counter-clockwise), sigma (pixels), erased box
@@ -472,7 +473,7 @@ def choose_bands(u: dict[str, np.ndarray], bands: list[str], mode: str, views: s
     return np.stack([a, b], axis=1)
 
 
-def plan_epoch(epoch: int, pairs: int, bands: list[str], args: argparse.Namespace) -> Plan:
+def plan_epoch(epoch: int, pairs: int, bands: list[str], args: Namespace) -> Plan:
     """Draw a whole epoch: neither batch size, threads nor processes enter."""
     random = stream(args.seed, epoch)
     order = np.argsort(random.random(pairs), kind="stable")
@@ -510,7 +511,7 @@ class Archive(NamedTuple):
     stats: np.ndarray | None = None  # float32 [2, bands]: mean, std
 
 
-def list_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+def list_pairs(args: Namespace) -> list[tuple[str, str]]:
     """(S2, S1) paths of each place, relative to --root or to the CSV. Swap in your own archive."""
     if args.pairs:
         return list_csv(Path(args.pairs))
@@ -544,7 +545,7 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
     return sorted(pairs)
 
 
-def find_bands(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+def find_bands(args: Namespace) -> dict[str, tuple[int, int]]:
     """Bands that this mode uses: 0 S2 file or 1 S1 file, 0-based band in it. MS first, then SAR."""
     place: dict[str, tuple[int, int]] = {}
     for sensor, order in enumerate((args.s2_bands, args.s1_bands)):
@@ -566,7 +567,7 @@ def find_bands(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     return {b: place[b] for b in BANDS if b in place and (need_sar or b not in SAR)}
 
 
-def open_archive(args: argparse.Namespace) -> Archive:
+def open_archive(args: Namespace) -> Archive:
     """List the pairs, check that the mode has its bands, draw the seeded subset."""
     root = Path(args.pairs).parent if args.pairs else Path(args.root or "data/sen12ms")
     say(f"listing the pairs of {args.pairs or root}")
@@ -603,7 +604,7 @@ def open_archive(args: argparse.Namespace) -> Archive:
                    np.array([*place.values()]), widths, args.nodata, about)  # fmt: skip
 
 
-def band_statistics(archive: Archive, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each band over up to 256 pairs; NaN and nodata left out."""
     chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
     say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
@@ -642,7 +643,7 @@ def make_request(archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: 
     }  # fmt: skip
 
 
-def requests(archive: Archive, args: argparse.Namespace, steps: range) -> Iterator[dict]:
+def requests(archive: Archive, args: Namespace, steps: range) -> Iterator[dict]:
     """This process's share of the global batches `steps`."""
     pairs, local = len(archive.names), args.batch_size // WORLD
     plan_of = lru_cache(1)(lambda epoch: plan_epoch(epoch, pairs, archive.bands, args))
@@ -659,7 +660,7 @@ def requests(archive: Archive, args: argparse.Namespace, steps: range) -> Iterat
 
 
 def replace_bad(
-    batch: bandcrop.Batch, bad: dict[str, str], archive: Archive, args: argparse.Namespace
+    batch: bandcrop.Batch, bad: dict[str, str], archive: Archive, args: Namespace
 ) -> str:
     """In place of a pair that cannot be read the batch's next good one; `bad` collects them.
 
@@ -713,9 +714,7 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def new_config(
-    args: argparse.Namespace, archive: Archive, device: torch.device, precision: str
-) -> dict:
+def new_config(args: Namespace, archive: Archive, device: torch.device, precision: str) -> dict:
     """Everything that says what a run is, written to config.json."""
     mean, std = band_statistics(archive, args)
     settings = vars(args) | {"out": str(args.out)}
@@ -844,9 +843,8 @@ def rank_me(features: Tensor) -> float:
 
 @torch.no_grad()
 def watch_learning(
-    byol: BYOL, archive: Archive, args: argparse.Namespace, device: torch.device,
-    autocast: Callable[[], torch.autocast],
-) -> dict[str, float]:  # fmt: skip
+    byol: BYOL, archive: Archive, args: Namespace, device: torch.device, autocast: Callable
+) -> dict[str, float]:
     """`match`, the mean rank in both directions, and `rank`, RankMe, of whole tiles as they are."""
     places = archive.watched.shape[1]
     u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
@@ -951,7 +949,7 @@ def listen() -> list[int]:
     return asked
 
 
-def describe(args: argparse.Namespace, device: torch.device, precision: str, steps: int) -> None:
+def describe(args: Namespace, device: torch.device, precision: str, steps: int) -> None:
     """Say once what the run is on, what it will do, and how to read its lines."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA GPU in use"
     say(f"on {device} ({card}), {precision}, {'' if args.compile else 'not '}compiled")
@@ -974,7 +972,7 @@ def progress(record: dict, steps_left: int, batch_size: int) -> str:
     )
 
 
-def judge(record: dict, cycle_ends: bool, args: argparse.Namespace) -> None:
+def judge(record: dict, cycle_ends: bool, args: Namespace) -> None:
     """Say at an epoch's end what is learnt, and what is wrong."""
     if "match" in record:
         say(f"  match {record['match']:.3f}, rank {record['rank']:.1f} (RankMe)")
@@ -988,7 +986,7 @@ def judge(record: dict, cycle_ends: bool, args: argparse.Namespace) -> None:
              "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (README)")  # fmt: skip
 
 
-def prepare() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
+def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     """Settings, the run's config (written, where it is new), its pairs, its device."""
     args, config = read_settings()
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
@@ -1017,7 +1015,7 @@ def prepare() -> tuple[argparse.Namespace, dict, Archive, torch.device]:
     return args, config, archive._replace(stats=stats), device
 
 
-def build(args: argparse.Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
+def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
     """What learns (networks, optimizer, loss scaling) and where it stands: new, or resumed."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
     encoder = make_encoder(args.arch, CHANNELS[args.mode])
