@@ -504,8 +504,7 @@ class Archive(NamedTuple):
     files: np.ndarray  # str [2, pairs]: S2 paths, S1 paths
     watched: np.ndarray  # str [2, places]: whole tiles to watch learning by
     bands: list[str]  # the paper's names of the bands that this mode uses: MS first, then SAR
-    place: np.ndarray  # int64 [bands, 2]: 0 S2 file or 1 S1 file; 0-based band in that file
-    widths: np.ndarray  # int64 [2]: bands that an S2 and an S1 file must have
+    place: np.ndarray  # int64 [bands, 3]: 0 S2 or 1 S1 file; 0-based band in it; bands it must have
     nodata: float | None  # of files without a tag of their own
     about: dict  # for config.json: pairs used and left out, digest of their list, synthetic or not
     stats: np.ndarray | None = None  # float32 [2, bands]: mean, std
@@ -545,18 +544,19 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
     return sorted(pairs)
 
 
-def find_bands(args: Namespace) -> dict[str, tuple[int, int]]:
-    """Bands that this mode uses: 0 S2 file or 1 S1 file, 0-based band in it. MS first, then SAR."""
-    place: dict[str, tuple[int, int]] = {}
+def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
+    """Bands that this mode uses, MS first, then SAR, each with its row of Archive.place."""
+    place: dict[str, tuple[int, int, int]] = {}
     for sensor, order in enumerate((args.s2_bands, args.s1_bands)):
-        for at, text in enumerate(order.split(",")):
+        names = order.split(",")
+        for at, text in enumerate(names):
             if text.strip().upper() in ("-", "B01", "B09", "B10"):  # not wanted; the 60 m bands
                 continue
             band = band_name(text)
             if band in place or (band in SAR) != sensor:
                 fail(2, f"--s{2 - sensor}-bands {order}: {band}/{BANDS[band]} stands twice or in "
                      "the wrong file")  # fmt: skip
-            place[band] = sensor, at
+            place[band] = sensor, at, len(names)
     _, need_ms, need_sar = VARIANTS[args.mode, args.views]
     rgb = RGB if args.mode == "rgb" else ()
     free = [band for band in place if band not in SAR + rgb]
@@ -597,25 +597,21 @@ def open_archive(args: Namespace) -> Archive:
         if max(tile.height, tile.width) > 2048:
             warn(f"{path} is {tile.height} x {tile.width}: crops of a whole scene are shrunk: cut "
                  "tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
-    widths = np.array([order.count(",") + 1 for order in (args.s2_bands, args.s1_bands)])
     about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
-                   np.array([*place.values()]), widths, args.nodata, about)  # fmt: skip
+                   np.array([*place.values()]), args.nodata, about)  # fmt: skip
 
 
 def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each band over up to 256 pairs; NaN and nodata left out."""
     chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
     say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
-    file, band = archive.place.T
-    paths = tqdm(archive.files[file][:, chosen].T.tolist(), disable=None, leave=False, ncols=79)
-    widths = np.tile(archive.widths[file], (len(chosen), 1))
+    file, band, width = (np.tile(x, (len(chosen), 1)) for x in archive.place.T)
+    paths = tqdm(archive.files[file, chosen[:, None]].tolist(), disable=None, leave=False, ncols=79)
     bad = "report" if args.bad_tiles == "skip" else "raise"
     try:
-        mean, std = bandcrop.statistics(
-            paths, np.tile(band, (len(chosen), 1)), widths, bad, nodata=args.nodata
-        )
+        mean, std = bandcrop.statistics(paths, band, width, bad, nodata=args.nodata)
     except bandcrop.TileError as error:
         fail(1, f"{error} (--bad-tiles skip goes on without it; band counts are from --s2-bands "
              "and --s1-bands)")  # fmt: skip
@@ -634,11 +630,11 @@ def make_request(archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: 
     bands: int [N, 2, C]; "extra" repeats pairs as [2N] and bands as [2N, C].
     """
     pairs, bands = np.tile(pairs, 2), np.concatenate([bands[:, 0], bands[:, 1]])
-    file, band = archive.place[bands].transpose(2, 0, 1)  # [2N, C] each
+    file, band, width = archive.place[bands].transpose(2, 0, 1)  # [2N, C] each
     mean, std = archive.stats[:, bands]
     return {
         "paths": files[file, pairs[:, None]].tolist(), "bands": band, "mean": mean, "std": std,
-        "bands_in_file": archive.widths[file], "nodata": archive.nodata, "bad": "report",
+        "bands_in_file": width, "nodata": archive.nodata, "bad": "report",
         "extra": {"pairs": pairs, "bands": bands},
     }  # fmt: skip
 
