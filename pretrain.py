@@ -627,15 +627,15 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
 def make_request(archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: np.ndarray) -> dict:
     """What bandcrop is to read: whole views a of `pairs` int [N], then their views b.
 
-    bands: int [N, 2, C]; "extra" repeats pairs as [2N] and bands as [2N, C].
+    bands: int [N, 2, C]; "extra" has both as they are given.
     """
-    pairs, bands = np.tile(pairs, 2), np.concatenate([bands[:, 0], bands[:, 1]])
-    file, band, width = archive.place[bands].transpose(2, 0, 1)  # [2N, C] each
-    mean, std = archive.stats[:, bands]
+    channels = np.concatenate([bands[:, 0], bands[:, 1]])  # [2N, C], as all that follows
+    file, band, width = archive.place[channels].transpose(2, 0, 1)
+    mean, std = archive.stats[:, channels]
     return {
-        "paths": files[file, pairs[:, None]].tolist(), "bands": band, "mean": mean, "std": std,
-        "bands_in_file": width, "nodata": archive.nodata, "bad": "report",
-        "extra": {"pairs": pairs, "bands": bands},
+        "paths": files[file, np.tile(pairs, 2)[:, None]].tolist(), "bands": band,
+        "mean": mean, "std": std, "bands_in_file": width, "nodata": archive.nodata,
+        "bad": "report", "extra": {"pairs": pairs, "bands": bands},
     }  # fmt: skip
 
 
@@ -811,13 +811,11 @@ def draw_views(path: Path, request: dict, views: Tensor, archive: Archive) -> No
 
     Each: view a, then view b; mean grey, +-2.5 standard deviations.
     """
-    count, half = min(8, len(views) // 2), len(views) // 2
-    pairs, bands = request["extra"]["pairs"][:count], request["extra"]["bands"]
-    bands = np.stack([bands[:count], bands[half : half + count]], axis=1)
-    request = make_request(archive, archive.files, pairs, bands)
-    (ground,) = bandcrop.stream([request], (2 * count, *views.shape[1:]), threads=1)
-    seen = torch.cat([views[:count], views[half : half + count]]).float().cpu()
-    sheet = torchvision.utils.make_grid(torch.cat([ground.x, seen]), count, 4, True, (-2.5, 2.5))
+    pairs, bands = (request["extra"][key][:8] for key in ("pairs", "bands"))
+    whole = make_request(archive, archive.files, pairs, bands)
+    (ground,) = bandcrop.stream([whole], (16, *views.shape[1:]), threads=1)
+    tiles = torch.cat([ground.x, *(view[:8].float().cpu() for view in views.chunk(2))])
+    sheet = torchvision.utils.make_grid(tiles, len(pairs), 4, True, (-2.5, 2.5))
     write_atomic(path, partial(torchvision.utils.save_image, sheet, format="png"))
 
 
