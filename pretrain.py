@@ -451,7 +451,7 @@ def boxes(u: np.ndarray, smallest: float, largest: float, widest: float) -> np.n
 
 def choose_bands(u: dict[str, np.ndarray], bands: list[str], mode: str, views: str) -> np.ndarray:
     """Uniform draws of n samples -> index in `bands` for each view and channel, [n, 2, C]."""
-    rgb = [bands.index(b) for b in RGB] if mode == "rgb" else []
+    rgb = np.array([bands.index(b) for b in RGB] if mode == "rgb" else [], int)
     ms = np.array([i for i, b in enumerate(bands) if b not in SAR and i not in rgb])
     sar = np.array([i for i, b in enumerate(bands) if b in SAR])
     samples = len(u["ms"])
@@ -459,11 +459,8 @@ def choose_bands(u: dict[str, np.ndarray], bands: list[str], mode: str, views: s
     def pick(pool: np.ndarray, u: np.ndarray, k: int) -> np.ndarray:  # k of pool, no repeats
         return pool[np.argsort(u[:, : len(pool)], axis=1, kind="stable")[:, :k]]
 
-    drawn = pick(ms, u["ms"], VARIANTS[mode, views][1])
-    if mode == "rgb":
-        a, b = np.tile(rgb, (samples, 1)), drawn
-    else:
-        a, b = np.hsplit(drawn, [CHANNELS[mode]])
+    optical = [np.tile(rgb, (samples, 1)), pick(ms, u["ms"], VARIANTS[mode, views][1])]
+    a, b = np.hsplit(np.hstack(optical), [CHANNELS[mode]])
     if views == "ms-sar":
         b = np.hstack([b, pick(sar, u["sar"], 1)])
         if mode == "three":
