@@ -771,8 +771,11 @@ def load_checkpoint(path: Path, parts: dict) -> dict:
              "another --out")  # fmt: skip
 
 
-def save(out: Path, config: dict, parts: dict, state: dict, epoch: float) -> None:
+def save(out: Path, config: dict, parts: dict, state: dict, epoch: float, log: TextIO) -> None:
     """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
+    if RANK:
+        return
+    os.fsync(log.fileno())
     byol = parts["byol"]
     if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
         diverged(out, state["step"])
@@ -1029,7 +1032,8 @@ def main() -> int:
     out, per_epoch = args.out, len(archive.names) // args.batch_size
     parts, state = build(args, device, config["precision"])
     byol, optimizer, scaler = parts.values()
-    began_at, bad, sums = state["step"], state["bad"], state["sums"].to(device)
+    began_at, bad = state["step"], state["bad"]
+    sums = state["sums"] = state["sums"].to(device)
     step, end = began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
     describe(args, device, config["precision"], args.epochs * per_epoch)
@@ -1048,19 +1052,12 @@ def main() -> int:
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
 
-    def keep() -> None:
-        if RANK:
-            return
-        os.fsync(log.fileno())
-        state = {"step": step, "bad": bad, "sums": sums}
-        save(out, config, parts, state, step / per_epoch)
-
     shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
     wanted = requests(archive, args, range(step, end))
     for batch in bandcrop.stream(wanted, shape, device, args.threads):
         if problem := replace_bad(batch, bad, archive, args):
             if step > began_at:
-                keep()
+                save(out, config, parts, state, step / per_epoch, log)
             fail(1, problem)
         draws = torch.from_numpy(batch.request["extra"]["draws"]).to(device, non_blocking=True)
         views = augment(batch.x, draws, args).contiguous(memory_format=torch.channels_last)
@@ -1071,7 +1068,8 @@ def main() -> int:
         take = partial(train_step, model, optimizer, scaler, a, b, lr, args.tau, autocast)
         sums[:3] += first_step(byol, take) if args.compile and step == began_at else take()
         sums[3] += WORLD * int(batch.report.replaced.sum())  # sums are means over processes
-        step, waited, now = step + 1, waited + batch.waited, time.monotonic()
+        step = state["step"] = step + 1
+        waited, now = waited + batch.waited, time.monotonic()
 
         # What is due after this step: a log line, an encoder, a checkpoint
         epoch, within = divmod(step, per_epoch)
@@ -1113,7 +1111,7 @@ def main() -> int:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
         if due or last:
-            keep()
+            save(out, config, parts, state, step / per_epoch, log)
             saved = time.monotonic()
         if stop:
             say(f"stopped at step {step} of {end}, saved: --resume --out {out} goes on")
