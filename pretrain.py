@@ -1040,11 +1040,8 @@ def main() -> int:
     say(f"{args.arch}, {millions:.1f} million parameters; {end} steps, {per_epoch} an epoch")
     if args.resume:
         say(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
-    model: nn.Module = byol
-    if WORLD > 1:
-        model = nn.parallel.DistributedDataParallel(
-            byol, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-        )
+    how = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+    model = nn.parallel.DistributedDataParallel(byol, **how) if WORLD > 1 else byol
     dtype = DTYPES[config["precision"]]
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     log, log_every = open_log(out, step), min(args.log_every, per_epoch)
