@@ -1044,7 +1044,7 @@ def main() -> int:
     model = nn.parallel.DistributedDataParallel(byol, **how) if WORLD > 1 else byol
     dtype = DTYPES[config["precision"]]
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
-    log, log_every = open_log(out, step), min(args.log_every, per_epoch)
+    log = open_log(out, step)
     watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
@@ -1070,8 +1070,8 @@ def main() -> int:
 
         # What is due after this step: a log line, an encoder, a checkpoint
         epoch, within = divmod(step, per_epoch)
-        count = (step - 1) % per_epoch % log_every + 1  # steps since the last log line
-        line, stop = not within or count == log_every, asked[0] if asked else 0
+        count = (step - 1) % per_epoch % args.log_every + 1  # steps since the last log line
+        line, stop = not within or count == args.log_every, asked[0] if asked else 0
         due = step % args.checkpoint_every == 0 if args.checkpoint_every else now - saved > 120
         if WORLD > 1:
             if step % 10 and not line and step != end:
@@ -1100,8 +1100,7 @@ def main() -> int:
             if not within:
                 judge(record, cycle_ends, args)
             if line:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                print(json.dumps(record), file=log, flush=True)
                 sums.zero_()
                 waited, since = 0.0, time.monotonic()
         if cycle_ends:
