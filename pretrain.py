@@ -791,8 +791,6 @@ def open_log(out: Path, step: int) -> TextIO:
     """log.jsonl without a torn last line and what came after the checkpoint: that comes again."""
     if RANK:
         return open(os.devnull, "a")
-    for left_behind in out.glob(".*.part"):  # by a run that was killed as it saved
-        left_behind.unlink()
     path, kept = out / "log.jsonl", []
     lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
     for number, line in enumerate(lines, 1):
