@@ -240,7 +240,7 @@ def read_settings() -> tuple[Namespace, dict | None]:
             DTYPES[config["precision"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
-        now.out, now.max_steps, now.resume, args = args.out, args.max_steps, True, now
+        now.out, now.max_steps, args = args.out, args.max_steps, now
         changed = [
             f"--{key.replace('_', '-')} was {saved[key]}, is {value}"
             for key, value in vars(args).items()
@@ -689,10 +689,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def say(text: str) -> None:
     """Print, by the first process; a reader that has gone or a full disk does not end a run."""
-    if RANK or sys.stdout is None:
-        return
     try:
-        print(text, flush=True)
+        if not RANK:
+            print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
