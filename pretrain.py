@@ -709,9 +709,8 @@ def reason(error: Exception) -> str:
 def new_config(args: Namespace, archive: Archive, device: torch.device, precision: str) -> dict:
     """Everything that says what a run is, written to config.json."""
     mean, std = band_statistics(archive, args)
-    settings = vars(args) | {"out": str(args.out)}
     config = {
-        "schema": 1, "name": run_name(args, len(archive.names)), "settings": settings,
+        "schema": 1, "name": run_name(args, len(archive.names)), "settings": vars(args),
         "pairs": archive.about, "bands": {"names": archive.bands, "mean": mean, "std": std},
         "precision": precision,
         "hardware": {
@@ -726,10 +725,9 @@ def new_config(args: Namespace, archive: Archive, device: torch.device, precisio
         "command": shlex.join(sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+    text = json.dumps(config, indent=1, default=str)  # str: of the path --out
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        args.out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1))
-    )
+    write_atomic(args.out / "config.json", lambda part: part.write_text(text))
     return config
 
 
