@@ -626,7 +626,7 @@ def make_request(archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: 
 
     bands: int [N, 2, C]; "extra" has both as they are given.
     """
-    channels = np.concatenate([bands[:, 0], bands[:, 1]])  # [2N, C], as all that follows
+    channels = np.concatenate(bands.swapaxes(0, 1))  # [2N, C], as all that follows
     file, band, width = archive.place[channels].transpose(2, 0, 1)
     mean, std = archive.stats[:, channels]
     return {
@@ -645,10 +645,8 @@ def requests(archive: Archive, args: Namespace, steps: range) -> Iterator[dict]:
         plan, first = plan_of(epoch), at * args.batch_size + RANK * local
         rows = slice(first, first + local)
         request = make_request(archive, archive.files, plan.pairs[rows], plan.bands[rows])
-        request["windows"], request["orient"], request["extra"]["draws"] = (
-            np.concatenate([part[rows, 0], part[rows, 1]])
-            for part in (plan.windows, plan.orient, plan.draws)
-        )
+        views = (np.concatenate(part[rows].swapaxes(0, 1)) for part in plan[2:])  # a, then b
+        request["windows"], request["orient"], request["extra"]["draws"] = views
         yield request
 
 
@@ -659,7 +657,8 @@ def replace_bad(
 
     Returns why the run must stop, or "".
     """
-    pairs, count = batch.request["extra"]["pairs"], len(batch.x) // 2
+    pairs = batch.request["extra"]["pairs"]
+    count = len(pairs)
     errors = {i % count: message for i, message in reversed(batch.report.errors)}
     for i, message in sorted(errors.items()):
         bad.setdefault(archive.names[pairs[i]], message)
