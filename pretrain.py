@@ -422,8 +422,8 @@ def stream(seed: int, number: int) -> np.random.Generator:
 
 
 def split(u: np.ndarray, widths: dict[str, int]) -> dict[str, np.ndarray]:
-    """Columns of u by name, in the order of `widths`."""
-    return dict(zip(widths, np.hsplit(u, np.cumsum([*widths.values()])[:-1]), strict=True))
+    """Columns of u [..., columns] by name, in the order of `widths`."""
+    return dict(zip(widths, np.split(u, np.cumsum([*widths.values()])[:-1], -1), strict=True))
 
 
 class Plan(NamedTuple):
@@ -437,16 +437,16 @@ class Plan(NamedTuple):
 
 
 def boxes(u: np.ndarray, smallest: float, largest: float, widest: float) -> np.ndarray:
-    """Uniform draws [n, 4] -> boxes [n, 4] = top, left, height, width in the unit square.
+    """Uniform draws [..., 4] -> boxes [..., 4] = top, left, height, width in the unit square.
 
     Area uniform; the log of width / height uniform where the box fits, so that nothing is rejected
     and redrawn (torchvision redraws, which favours small areas); position uniform.
     """
-    area = smallest + (largest - smallest) * u[:, 0]
+    area = smallest + (largest - smallest) * u[..., 0]
     tallest = np.maximum(np.log(area), -math.log(widest))  # width / height, log
-    ratio = np.exp(tallest * (1 - 2 * u[:, 1]))
+    ratio = np.exp(tallest * (1 - 2 * u[..., 1]))
     height, width = np.minimum(np.sqrt([area / ratio, area * ratio]), 1)
-    return np.stack([u[:, 2] * (1 - height), u[:, 3] * (1 - width), height, width], axis=1)
+    return np.stack([u[..., 2] * (1 - height), u[..., 3] * (1 - width), height, width], axis=-1)
 
 
 def choose_bands(u: dict[str, np.ndarray], bands: list[str], mode: str, views: str) -> np.ndarray:
@@ -475,24 +475,21 @@ def plan_epoch(epoch: int, pairs: int, bands: list[str], args: Namespace) -> Pla
     random = stream(args.seed, epoch)
     order = np.argsort(random.random(pairs), kind="stable")
     u = split(random.random((pairs, sum(DRAWS.values()))), DRAWS)
-    swap = (u["swap"][:, 0] < 0.5).astype(int)
-    low, high = np.array(args.blur_sigma) * args.size / 224
-    windows, orient, draws = [], [], []
-    for view, name in enumerate(("view_a", "view_b")):
-        v = split(u[name], VIEW)
-        windows.append(boxes(v["crop"], args.crop_area, 1.0, args.crop_ratio))
-        orient.append(np.floor(v["orient"][:, 0] * args.orient).astype(np.uint8))
-        turned, by = v["turn"].T
-        angle = np.deg2rad(args.rotate_degrees) * (2 * by - 1) * (turned < args.rotate)
-        blurred, by = v["blur"].T
-        sigma = (low + (high - low) * by) * (blurred < np.array(args.blur)[swap ^ view])
-        # torchvision's RandomErasing: area 2 to 33 %, ratio 0.3 to 3.3
-        top, left, height, width = np.rint(boxes(v["box"], 0.02, 0.33, 10 / 3).T * args.size)
-        box = np.stack([top, left, top + height, left + width], axis=1) * (v["erase"] < args.erase)
-        grey = v["grey"] < args.grey
-        draws.append(np.hstack([angle[:, None], sigma[:, None], box, grey]).astype(np.float32))
     chosen = choose_bands(u, bands, args.mode, args.views)
-    return Plan(order, chosen, *(np.stack(part, axis=1) for part in (windows, orient, draws)))
+    v = split(np.stack([u["view_a"], u["view_b"]], axis=1), VIEW)  # [n, 2, width] each
+    windows = boxes(v["crop"], args.crop_area, 1.0, args.crop_ratio)
+    orient = np.floor(v["orient"][..., 0] * args.orient).astype(np.uint8)
+    turned, by = np.split(v["turn"], 2, axis=-1)
+    angle = np.deg2rad(args.rotate_degrees) * (2 * by - 1) * (turned < args.rotate)
+    blurred, by = np.split(v["blur"], 2, axis=-1)
+    low, high = np.array(args.blur_sigma) * args.size / 224
+    often = np.where(u["swap"] < 0.5, args.blur[::-1], args.blur)[..., None]  # [n, 2, 1]
+    sigma = (low + (high - low) * by) * (blurred < often)
+    # torchvision's RandomErasing: area 2 to 33 %, ratio 0.3 to 3.3
+    corner, sides = np.split(np.rint(boxes(v["box"], 0.02, 0.33, 10 / 3) * args.size), 2, axis=-1)
+    box = np.concatenate([corner, corner + sides], axis=-1) * (v["erase"] < args.erase)
+    draws = np.concatenate([angle, sigma, box, v["grey"] < args.grey], axis=-1)
+    return Plan(order, chosen, windows, orient, draws.astype(np.float32))
 
 
 # The archive: which pairs there are, and what is read of them -------------------------------------
