@@ -302,11 +302,10 @@ class BYOL(nn.Module):
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)  # [N, P]
         with torch.no_grad():
             t_a, t_b = self.teacher(a), self.teacher(b)  # [N, P]
-        loss = self.loss(p_a, t_b) + self.loss(p_b, t_a)
-        with torch.no_grad():
             n_a, n_b = F.normalize(widen(z_a), dim=1), F.normalize(widen(z_b), dim=1)
             spread = (n_a.std(0).mean() + n_b.std(0).mean()) / 2  # 1 / sqrt(P) healthy, 0 collapse
-            return loss, torch.stack([loss.detach(), spread, (n_a * n_b).sum(1).mean()])
+        loss = self.loss(p_a, t_b) + self.loss(p_b, t_a)
+        return loss, torch.stack([loss.detach(), spread, (n_a * n_b).sum(1).mean()])
 
     @torch.no_grad()
     def update_teacher(self, tau: float) -> None:
