@@ -146,10 +146,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = data.add_argument
     add("--s2-bands", default=",".join(SEN12MS_S2),
         help="band order in S2 files; - skips one (a first one: --s2-bands=-,B03)")
-    add("--s1-bands", default=",".join(SEN12MS_S1),
-        help="band order in S1 files, in decibels, not clipped; - skips one")
-    add("--nodata", type=float, metavar="VALUE",
-        help="nodata of files that have no such tag of their own, such as zero borders: 0")
+    add("--s1-bands", default=",".join(SEN12MS_S1), help="the same of S1 files, in unclipped dB")
+    add("--nodata", type=float, help="of files without such a tag, such as 0 for zero borders")
     add("--num-pairs", type=whole, default=90000, help="seeded subset (paper: 90000, 150000)")
     add("--exclude", metavar="LIST", help="text file, a tile's name a line: places to leave out")
     add("--mode", choices=CHANNELS, help="channels of the views, as above (needed)")
@@ -178,8 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of all weights, biases and BatchNorm too (paper: 1e-5; BYOL leaves these out)")
     add("--tau", type=share, default=0.9, help="teacher's decay a step (paper: 0.9; BYOL: 0.99+)")
     add("--negatives", type=positive, default=0.0, metavar="TEMPERATURE",
-        help="tell the place from the batch's others (InfoNCE) instead of BYOL's loss: no longer "
-        "BYOL, and named so; 0: off")
+        help="InfoNCE's loss against the batch's other places: not BYOL, and named so; 0: off")
 
     add = parser.add_argument_group("augmentation, drawn for each view").add_argument
     add("--crop-area", type=number(float, 0.001, 1), default=0.08,
