@@ -38,8 +38,9 @@ import sys
 import time
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from pathlib import Path
@@ -103,6 +104,7 @@ MAY_CHANGE = (
     "epochs", "max_steps", "checkpoint_every",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 NO_ARCHIVE = """no archive in {root}: give --root DIR (SEN12MS layout) or --pairs FILE.csv
   SEN12MS (180,662 pairs, 500 GB): rsync or ftp, dataserv.ub.tum.de, user and password m1474000
@@ -519,7 +521,7 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
     pairs, line = [], 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, strict=True)
+            rows = csv.DictReader(file, strict=True, skipinitialspace=True)
             if not {"s1", "s2"} <= {*(rows.fieldnames or ())}:
                 raise ValueError("no column s1 or s2 (is the separator ';' or a tab?)")
             line = 2
@@ -557,6 +559,27 @@ def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
     return {b: place[b] for b in BANDS if b in place and (need_sar or b not in SAR)}
 
 
+def leave_out(listed: list[tuple[str, str]], root: Path, path: str) -> list[tuple[str, str]]:
+    """The pairs but those that the text file `path` names, a tile's file name or path a line."""
+
+    def names(pair: tuple[str, str]) -> set[str]:  # of root/s2/1.tif: 1.tif, s2/1.tif, root/s2/...
+        parts = [Path(root, file).parts for file in pair]
+        return {str(Path(*p[at:])) for p in parts for at in range(len(p))}
+
+    try:
+        lines = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()} - {""}
+    except UnicodeDecodeError:
+        fail(1, f"--exclude {path} is not UTF-8 text: save it as that")
+    kept = [pair for pair in listed if not names(pair) & lines]
+    if len(kept) == len(listed):
+        fail(2, f"--exclude {path} names no tile of {root}: one file name a line")
+    say(f"{len(listed) - len(kept)} pairs left out by {path}")
+    if unknown := lines - set().union(*map(names, listed)):
+        warn(f"--exclude {path}: {len(unknown)} of {len(lines)} lines name no tile, such as "
+             f"{min(unknown)!r}")  # fmt: skip
+    return kept
+
+
 def open_archive(args: Namespace) -> Archive:
     """List the pairs, check that the mode has its bands, draw the seeded subset."""
     root = Path(args.pairs).parent if args.pairs else Path(args.root or "data/sen12ms")
@@ -564,12 +587,12 @@ def open_archive(args: Namespace) -> Archive:
     listed = list_pairs(args)
     if not listed:
         fail(2, NO_ARCHIVE.format(root=args.pairs or root))
+    twin, times = Counter(listed).most_common(1)[0]
+    if times > 1:
+        fail(1, f"{args.pairs or root}: {', '.join(twin)} is there {times} times: list each once")
     found, place = len(listed), find_bands(args)
     if args.exclude:
-        out = {Path(line.strip()).name for line in Path(args.exclude).read_text().split("\n")}
-        listed = [pair for pair in listed if not {Path(file).name for file in pair} & out]
-        if len(listed) == found:
-            fail(2, f"--exclude {args.exclude} names no tile of {root}: one file name a line")
+        listed = leave_out(listed, root, args.exclude)
     order = np.argsort(stream(args.seed, SUBSET).random(len(listed)), kind="stable")
     chosen, spare = np.sort(order[: args.num_pairs]), np.sort(order[args.num_pairs :])
     if len(chosen) < args.batch_size:
@@ -578,15 +601,17 @@ def open_archive(args: Namespace) -> Archive:
     pool = spare if len(spare) >= min(256, len(chosen)) else chosen  # not trained on, if there are
     watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
     names = [listed[i][0] for i in chosen]
-    sha = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     " ".join([str(root), *sys.argv]).encode()  # as metadata must: else UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
     for path in files[:, 0]:
-        tile = bandcrop.info(path)
-        if max(tile.height, tile.width) > 2048:
-            warn(f"{path} is {tile.height} x {tile.width}: crops of a whole scene are shrunk: cut "
-                 "tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
+        with suppress(bandcrop.TileError):  # what is bad is found where it is read
+            tile = bandcrop.info(path)
+            if max(tile.height, tile.width) > 2048:
+                size = f"{tile.height} x {tile.width}"
+                warn(f"{path} is {size}: crops of a whole scene are shrunk: cut tiles first: "
+                     "gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
     about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
@@ -698,9 +723,11 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def new_config(args: Namespace, archive: Archive, device: torch.device, precision: str) -> dict:
-    """Everything that says what a run is, written to config.json."""
-    mean, std = band_statistics(archive, args)
+def new_config(
+    args: Namespace, archive: Archive, measured: list, device: torch.device, precision: str
+) -> dict:
+    """Everything that says what a run is, written to config.json. `measured`: bands' mean, std."""
+    mean, std = measured
     config = {
         "schema": 1, "name": run_name(args, len(archive.names)), "settings": vars(args),
         "pairs": archive.about, "bands": {"names": archive.bands, "mean": mean, "std": std},
@@ -713,7 +740,7 @@ def new_config(args: Namespace, archive: Archive, device: torch.device, precisio
             "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         },
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, safetensors)}
-        | {"python": sys.version.split()[0]},
+        | {"python": sys.version.split()[0], "pretrain.py": CODE},
         "command": shlex.join(sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -730,7 +757,8 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
         "name": config["name"], "epoch": f"{epoch:g}", "command": config["command"],
         "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
         "std": json.dumps(bands["std"]), "synthetic": str(pairs["synthetic"]).lower(),
-        "pairs": str(pairs["used"]),
+        "pairs": str(pairs["used"]), "archive": pairs["sha256"][:12],
+        "code": config["versions"].get("pretrain.py", ""),
     } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
     if settings["exclude"]:
         about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
@@ -982,18 +1010,28 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     fewer = f" (fewer than --num-pairs {args.num_pairs})" if pairs < args.num_pairs else ""
     kind = "synthetic pairs" if archive.about["synthetic"] else "pairs"
     say(f"{run_name(args, pairs)}: {pairs} {kind}{fewer} -> {args.out}")
-    if RANK == 0 and not config:
-        config = new_config(args, archive, device, precision)
+    measured = None
+    if RANK == 0:
+        measured = band_statistics(archive, args)
+        config = config or new_config(args, archive, measured, device, precision)
     config = everyone(config)[0]
+    stats, changed = [config["bands"]["mean"], config["bands"]["std"]], "was started otherwise"
     if config["pairs"]["sha256"] != archive.about["sha256"]:
-        fail(2, f"{args.out} was started otherwise: the list of pairs (then "
-             f"{config['pairs']['used']}, now {pairs})")  # fmt: skip
+        fail(2, f"{args.out} {changed}: the archive's list of pairs is another (used then "
+             f"{config['pairs']['used']}, now {pairs}): choose another --out")  # fmt: skip
+    off = abs(np.subtract(measured or stats, stats)).max(0) / stats[1]  # in standard deviations
+    if off.max() > 0.1:
+        band = off.argmax()
+        was, now = stats[0][band], measured[0][band]
+        fail(2, f"{args.out} {changed}: tiles have changed ({archive.bands[band]}'s mean was "
+             f"{was:.4g}, is {now:.4g}): choose another --out")  # fmt: skip
+    if config["versions"].get("pretrain.py") != CODE:
+        warn(f"{args.out} was started by another version of this script")
     if args.compile is None:
         args.compile = device.type == "cuda" and WORLD == 1
     processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.threads = args.threads or max(1, processors)  # of this process, that read
-    stats = np.array([config["bands"]["mean"], config["bands"]["std"]], np.float32)
-    return args, config, archive._replace(stats=stats), device
+    return args, config, archive._replace(stats=np.array(stats, np.float32)), device
 
 
 def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
@@ -1022,6 +1060,7 @@ def main() -> int:
     began_at, bad = state["step"], state["bad"]
     sums = state["sums"] = state["sums"].to(device)
     step, end = began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
+    end = max(step, end)
     millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
     describe(args, device, config["precision"], args.epochs * per_epoch)
     say(f"{args.arch}, {millions:.1f} million parameters; {end} steps, {per_epoch} an epoch")
@@ -1061,7 +1100,8 @@ def main() -> int:
         line, stop = not within or count == args.log_every, asked[0] if asked else 0
         due = step % args.checkpoint_every == 0 if args.checkpoint_every else now - saved > 120
         if WORLD > 1:
-            if step % 10 and not line and step != end:
+            by_step = due and args.checkpoint_every  # all processes know these
+            if step % 10 and not (line or by_step or step == end):
                 continue
             due, stop = agree(sums, bad, due, stop)
         cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import io
 import json
 import math
@@ -680,6 +681,48 @@ def test_another_list_of_pairs_is_refused(copy_of, archive, tmp_path):
     assert "list of pairs" in refused(2, "--resume", "--out", copy_of, "--root", other)
 
 
+def test_other_partners_and_changed_tiles_are_refused(archive, tmp_path):
+    import tifffile
+
+    root = tmp_path / "sen12ms"
+    shutil.copytree(archive, root)
+    s2 = sorted(root.glob("ROIs*/s2_*/*.tif"))
+    s1 = [Path(str(path).replace("s2_", "s1_").replace("_s2", "_s1")) for path in s2]
+    assert all(path.exists() for path in s1)
+    table, out = tmp_path / "pairs.csv", tmp_path / "run"
+
+    def write(partners: list[Path]) -> None:
+        rows = "".join(f"{a},{b}\n" for a, b in zip(partners, s2, strict=True))
+        table.write_text("s1,s2\n" + rows)
+
+    write(s1)
+    trained("--mode", "single", "--pairs", table, *SMALL, "--max-steps", 1, "--out", out)
+    write([*s1[1:], s1[0]])
+    assert "list of pairs is another" in refused(2, "--resume", "--out", out)
+    write(s1)
+    assert "resumed at step 1" in trained("--resume", "--out", out, "--max-steps", 2)
+    for path in s1:  # from decibels to linear power
+        power = np.atleast_3d(10 ** (tifffile.imread(path) / 10))
+        tifffile.imwrite(path, power, photometric="minisblack", planarconfig="contig")
+    status, _, err = here("--resume", "--out", out)
+    assert status == 2 and "tiles have changed (SAR2's mean was -18" in err, err
+    write([s1[0], *s1[:-1]])
+    table.write_text(table.read_text() + f"{s1[0]},{s2[0]}\n")
+    assert "is there 2 times" in refused(1, "--mode", "single", "--pairs", table, "--out", root)
+
+
+def test_an_encoder_says_which_code_and_archive_made_it(copy_of, archive):
+    with safe_open(copy_of / "encoder.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["code"] == hashlib.sha256(Path(pretrain.__file__).read_bytes()).hexdigest()[:12]
+    config = json.loads((copy_of / "config.json").read_text())
+    assert about["archive"] == config["pairs"]["sha256"][:12]
+    config["versions"]["pretrain.py"] = "another"
+    (copy_of / "config.json").write_text(json.dumps(config))
+    status, _, err = here("--resume", "--out", copy_of)
+    assert status == 0 and "started by another version of this script" in err
+
+
 def test_a_checkpoint_without_its_config_is_refused(copy_of, archive):
     (copy_of / "config.json").unlink()
     for more in ([], ["--resume"]):
@@ -787,7 +830,7 @@ def test_an_archive_that_vanishes_costs_no_step(archive, tmp_path, monkeypatch):
     assert state["step"] == len(steps) >= 4
 
 
-def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path):
+def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, capsys):
     tiles = sorted(archive.glob("ROIs*/s2_*/*.tif"))
     listing = tmp_path / "test_list.txt"
     listing.write_text(f"{tiles[0].name}\r\n{tiles[5].name}\r\nROIs1_s2_elsewhere.tif\r\n")
@@ -800,6 +843,22 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path):
     assert "epoch 0.5 loss" in said  # a run that ends between two log lines says where it is
     with safe_open(tmp_path / "run" / "encoder.safetensors", "pt") as file:
         assert file.metadata()["exclude"] == "2 pairs of test_list.txt"
+    lists = {  # as written by other programs: how many of the 12 pairs are left, what is warned of
+        "\ufeff" + tiles[0].name: (11, ""),
+        f"{tiles[0].parent.name}/{tiles[0].name}\n{tiles[5]}\n": (10, ""),
+        f"elsewhere/{tiles[0].name}\n{tiles[5].name}\n": (11, f"'elsewhere/{tiles[0].name}'"),
+    }
+    for text, (left, warned) in lists.items():
+        listing.write_text(text, encoding="utf-8")
+        capsys.readouterr()
+        arguments = flags("--root", str(archive), "--exclude", str(listing), "--batch-size", "4")
+        assert len(pretrain.open_archive(arguments).names) == left
+        out, err = capsys.readouterr()
+        assert f"{12 - left} pairs left out" in out
+        assert f"1 of 2 lines name no tile, such as {warned}" in err if warned else not err
+    common = ["--mode", "single", "--root", archive, *SMALL, "--exclude", listing]
+    listing.write_bytes(tiles[0].name.encode("utf-16"))
+    assert "not UTF-8 text" in refused(1, *common, "--out", tmp_path / "none")
     listing.write_text("nothing.tif\n")
     assert "names no tile" in refused(2, "--mode", "single", "--root", archive, *SMALL, "--exclude",
                                       listing, "--out", tmp_path / "none")  # fmt: skip
@@ -810,8 +869,10 @@ def test_linear_power_and_whole_scenes_are_warned_of(archive, tmp_path):
 
     for name, bands, high in (("s1", 2, 0.5), ("s2", 13, 3000)):
         values = np.random.default_rng(0).uniform(0, high, (bands, 2100, 16)).astype(np.float32)
-        tifffile.imwrite(tmp_path / f"{name}.tif", values, planarconfig="separate")
-    (tmp_path / "pairs.csv").write_text("s1,s2\n" + "s1.tif,s2.tif\n" * 4)
+        for place in range(4):
+            tifffile.imwrite(tmp_path / f"{name}-{place}.tif", values, planarconfig="separate")
+    rows = [f"s1-{place}.tif, s2-{place}.tif\n" for place in range(4)]
+    (tmp_path / "pairs.csv").write_text("s1, s2\n" + "".join(rows))
     status, _, err = here("--mode", "single", "--pairs", tmp_path / "pairs.csv", *SMALL,
                           "--max-steps", 1, "--out", tmp_path / "run")  # fmt: skip
     assert status == 0 and "10*log10" in err and "gdal_retile.py" in err
