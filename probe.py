@@ -767,18 +767,14 @@ def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
     if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
         names, values = build_encoder("resnet50", 3).state_dict(), found.get("online_backbone", {})
         return dict(zip(names, values.values(), strict=False))
-    if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
-        stages = dict(zip("014567", "conv1 bn1 layer1 layer2 layer3 layer4".split(), strict=True))
-        return {
-            re.sub(r"encoder_q\.(\d)", lambda found: stages.get(found[1], "?"), key): value
-            for key, value in held.items()
-            if key.startswith("encoder_q.")
-        }
     # "", "module.", "backbone.": whatever precedes the first convolution's name
     firsts = [key for key in held if key.endswith("conv1.weight")]
     start = min(firsts, key=len, default="").removesuffix("conv1.weight")
+    if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
+        start = "encoder_q."
+    children = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool fc".split()
     return {
-        key.removeprefix(start): value
+        re.sub(r"^\d", lambda place: children[int(place[0])], key.removeprefix(start)): value
         for key, value in held.items()
         if key.startswith(start) and not key.startswith(start + "fc.")
     }
