@@ -794,10 +794,8 @@ def read_tensors(file: str) -> dict[str, Any]:
 
 def published(kind: str, arch: str) -> dict[str, Any]:
     """torchvision's published weights, from torch hub's cache or the network, hash checked."""
-    name = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
-    if kind == "imagenet":
-        name = f"{arch.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V1"
-    weights = torchvision.models.get_weight(name)
+    model = "deeplabv3_resnet50" if kind == "coco" else arch
+    weights = [*torchvision.models.get_model_weights(model)][0]  # version 1
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
