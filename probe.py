@@ -1157,12 +1157,12 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     })  # fmt: skip
     print(f"{args.dataset} {'+'.join(bands)}, {name}, seed {seed}: F1 macro "
           f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}", flush=True)  # fmt: skip
-    for found, note in (
-        (unseen, "never seen by the encoder"),
-        (metrics["only_predicted"], "predicted, but in no test image"),
-    ):
-        if found:
-            print(f"  {note}: {', '.join(found)}", flush=True)
+    if unseen:
+        print("  never seen by the encoder:", ", ".join(unseen), flush=True)
+    if metrics["only_predicted"]:
+        print(
+            "  predicted, but in no test image:", ", ".join(metrics["only_predicted"]), flush=True
+        )
     return path
 
 
