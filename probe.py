@@ -551,12 +551,10 @@ def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
         for row in rows:
             photo = open_photo(images.files[row][0], None, *images.counts)[where].astype(float)
             sums += np.array([np.ones_like(photo), photo, photo**2]).sum((2, 3))  # [3, C]
-        count, total, squares = sums
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    if (std == 0).any():
-        band = bands[int(np.argmin(std))]
-        fail(1, f"band {band} is constant over the {len(rows)} training images: nothing to learn")
+        mean, squares = sums[1:] / sums[0]
+        std = np.sqrt(np.maximum(squares - mean**2, 0))
+    if not std.all():
+        fail(1, f"band {bands[std.argmin()]} is constant over the {len(rows)} training images")
     return mean.tolist(), std.tolist()
 
 
