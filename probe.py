@@ -433,14 +433,12 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
             fail(1, f"{at} label {label!r} is line {spelling[1]}'s but for blanks or case")
         if geotiff and (has := bandcrop.info(file).bands) != len(order):
             fail(1, f"{at} {file} has {has} bands, --bands-in-file names {len(order)}")
-    names = [row["image"] for row in rows]
+    names, files = [row["image"] for row in rows], [(file,) for file in files]
     part = [row["split"] for row in rows] if "split" in rows[0] else None
-    labels, classes = None, []
+    classes, labels = np.array([]), None
     if "label" in rows[0]:
-        found, labels = np.unique([row["label"] for row in rows], return_inverse=True)
-        classes = found.tolist()
-    files = [(file,) for file in files]
-    return Images(names, files, bands, (len(order),), labels, classes, part)
+        classes, labels = np.unique([row["label"] for row in rows], return_inverse=True)
+    return Images(names, files, bands, (len(order),), labels, classes.tolist(), part)
 
 
 def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
