@@ -227,8 +227,7 @@ def digest_files(files: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = os.stat(file)
-        digest.update(os.fsencode(os.path.abspath(file)))
-        digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
