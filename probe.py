@@ -127,17 +127,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     least = {"size": 32, "epochs": 1, "seeds": 1, "cam": 0, "subset": 1, "train_images": 1}
     for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            flag = name.replace("_", "-")
-            fail(2, f"--{flag} {getattr(args, name)}: must be at least {value}")
+        if (given := getattr(args, name)) is not None and given < value:
+            fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
     if args.export:
         if str(args.weights).partition(":")[0] not in OTHERS:
             fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
         return args
-    if not args.dataset:
-        fail(2, f"--dataset is missing: one of {', '.join(DATASETS)}")
-    if not args.bands:
-        fail(2, "--band is missing: RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; or all")
+    if not (args.dataset and args.bands):
+        fail(2, f"give --band, as RE5, RGB or all, and --dataset: one of {', '.join(DATASETS)}")
     if args.weights == "scratch" or (args.finetune and args.weights == "random"):  # the same
         args.finetune, args.weights = True, "scratch"
     if args.finetune and (args.head, args.bn, args.stats) != ("mlp", "encoder", "train"):
