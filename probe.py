@@ -1150,11 +1150,9 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     print(f"{args.dataset} {'+'.join(bands)}, {name}, seed {seed}: F1 macro "
           f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}", flush=True)  # fmt: skip
     if unseen:
-        print("  never seen by the encoder:", ", ".join(unseen), flush=True)
-    if metrics["only_predicted"]:
-        print(
-            "  predicted, but in no test image:", ", ".join(metrics["only_predicted"]), flush=True
-        )
+        print(f"  never seen by the encoder: {', '.join(unseen)}", flush=True)
+    if extra := metrics["only_predicted"]:
+        print(f"  predicted, but in no test image: {', '.join(extra)}", flush=True)
     return path
 
 
