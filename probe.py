@@ -20,7 +20,6 @@ import csv
 import functools
 import glob
 import hashlib
-import io
 import json
 import os
 import platform
@@ -254,12 +253,13 @@ def open_folder(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
+def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
+    """Let `write` fill an open file beside `path`, then rename it: readers see old or new."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(beside)
-        with open(beside, "rb+") as file:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
@@ -294,7 +294,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
-        write_atomic(path, lambda beside: beside.write_text(text) and None)
+        write_atomic(path, lambda file: file.write(text.encode()))
         print(f"wrote {path}", flush=True)
 
 
@@ -800,7 +800,7 @@ def export(weights: Weights, path: Path) -> None:
     about = {"name": weights.name, "arch": weights.metadata["arch"], "source": weights.source}
     tensors = {key: value.contiguous() for key, value in encoder.state_dict().items()}
     data = safetensors.torch.save(tensors, about | {"source_sha256": weights.sha256 or ""})
-    write_atomic(path, lambda beside: beside.write_bytes(data) and None)
+    write_atomic(path, lambda file: file.write(data))
     print(f"wrote {path}: {weights.name}, {weights.metadata['arch']}", flush=True)
 
 
@@ -1048,7 +1048,7 @@ def save_cams(
             axis.imshow(pixels, colours)
             axis.set_axis_off()
             axis.set_title(title, fontsize=8, loc="left")
-    write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
     print(f"wrote {path}", flush=True)
 
 
@@ -1164,9 +1164,7 @@ def embed(args: argparse.Namespace, images: Images, bands: list[str]) -> None:
     arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features}
     if images.labels is not None:
         arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
-    filled = io.BytesIO()
-    np.savez(filled, **arrays)
-    write_atomic(args.embed, lambda beside: beside.write_bytes(filled.getbuffer()) and None)
+    write_atomic(args.embed, lambda file: np.savez(file, **arrays))
     print(f"wrote {args.embed}", flush=True)
 
 

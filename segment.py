@@ -210,12 +210,13 @@ def open_folder(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: readers see old or new."""
+def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
+    """Let `write` fill an open file beside `path`, then rename it: readers see old or new."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(beside)
-        with open(beside, "rb+") as file:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
@@ -250,7 +251,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
-        write_atomic(path, lambda beside: beside.write_text(text) and None)
+        write_atomic(path, lambda file: file.write(text.encode()))
         print(f"wrote {path}", flush=True)
 
 
