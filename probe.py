@@ -16,6 +16,7 @@ by F1 on a validation part of the training split, never on test. Exit: 1 bad dat
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import glob
@@ -74,6 +75,7 @@ OTHERS = {  # weights that are not ours: the name in the paper's tables
     "byol-imagenet": "BYOL ImageNet",
     "seco": "SeCo",
     "coco": "MS-COCO DeepLabV3",
+    "other": "",  # any ResNet's, by torchvision's names: the file's own name
 }
 HIDDEN = 128  # paper
 HEAD_BATCH = 256
@@ -99,9 +101,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root", type=Path, help="its folder, or FILE.csv: image,label[,split] (data/<dataset>)")
     add("--band", "--bands", dest="bands", help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
     add("--bands-in-file", help="csv: the files' bands in order (photos: Red,Green,Blue, or one)")
+    add("--nodata", type=float, help="of GeoTIFFs without such a tag, such as 0 for zero borders")
     add("--weights", help="encoder.safetensors of pretrain.py (runs/rs-byol-1's where it is, else "
         "random); random; scratch; stats: the floor, twelve statistics of each band; imagenet, "
-        "coco: torchvision's; imagenet:, byol-imagenet:, seco:, coco:FILE")
+        "coco: torchvision's; imagenet:, byol-imagenet:, seco:, coco:FILE; other:FILE: any ResNet")
     add("--export", type=Path, metavar="FILE", help="others' weights, as segment.py takes them")
     add("--finetune", action="store_true", help="train the encoder too; scratch: from random")
     add("--arch", choices=ARCHS, default="resnet50", help="of random, scratch and imagenet")
@@ -128,6 +131,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
             fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
+    for path in filter(Path.exists, filter(None, (args.export, args.embed))):
+        fail(2, f"{path} is there already: choose another name")
     if args.export:
         if str(args.weights).partition(":")[0] not in OTHERS:
             fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
@@ -189,6 +194,9 @@ TRIPLES = {
 }
 
 
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
+
+
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
     """(file, 0-based band in it) by the paper's names, from a file's band names in order.
 
@@ -227,10 +235,10 @@ def read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
         for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
             values = next(csv.reader([line], strict=True), [])  # alone: a quote ends on its line
             if not header:
-                header = [name.strip() for name in values]
-                if any(header.count(column) != 1 for column in columns):
+                header = [name.strip().lower() for name in values]
+                if any(header.count(column) != 1 for column in {*columns, *header} - {""}):
                     fail(1, f"{path} line {number}: {line[:80]!r} lacks one of the columns "
-                            f"{','.join(columns)}, or commas between them")  # fmt: skip
+                            f"{','.join(columns)}, has one twice, or no commas")  # fmt: skip
             elif values and len(values) != len(header):
                 fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
             elif values:
@@ -286,9 +294,23 @@ def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
     return out / f"{readable}-{identity[:12]}-seed{seed}.json"
 
 
+def done_before(path: Path) -> bool:
+    """Whether this result is there; says so, and whether another version of the script made it."""
+    if not path.exists():
+        return False
+    try:
+        code = json.loads(path.read_text())["versions"].get("script")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(1, f"{path}: is no whole result ({error!r}): remove it, then run this again")
+    other = "" if code == CODE else " by another version of this script: remove it to make it anew"
+    print(f"{path}: done before{other}", flush=True)
+    return True
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result with its versions; one that is there is never replaced."""
     result["versions"] = {
+        "script": CODE,
         "python": platform.python_version(), "numpy": np.__version__,
         "torch": torch.__version__, "torchvision": torchvision.__version__,
     }  # fmt: skip
@@ -306,20 +328,23 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     name, config = results[0]["weights"]["name"], results[0]["config"]
     tasks = {result["config"]["task"] for result in results}
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
-        other = json.loads(path.read_text())
-        alike = other["config"].get("task") in tasks
-        alike &= other["config"].get("arch") in (None, config["arch"])  # None: the floor has none
-        if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
-            results.append(other)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is no result of ours
+            other = json.loads(path.read_text())
+            archs = {other["config"]["arch"], config["arch"]} - {None}  # None: the floor has none
+            alike = other["config"]["task"] in tasks and len(archs) == 1
+            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+                results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        title, bn = result["weights"]["name"], result["config"].get("bn")
-        title += f", bn {bn}" * (bn not in (None, config.get("bn")))
+        title, other = result["weights"]["name"], result["config"]
+        title += f", {other['arch']}" * (config["arch"] is None and other["arch"] is not None)
+        title += f", bn {other.get('bn')}" * (other.get("bn") not in (None, config.get("bn")))
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
-    print(f"\n{metric}, mean over seeds ± half the 95 % interval")
+    print(f"\n{metric}: mean over seeds ± half its 95 % interval; analyze.py corrects the interval "
+          "for\nsplits that overlap")  # fmt: skip
     titles = ("band", *columns)
-    widths = [max(len(title), 13) + 2 for title in titles]
+    widths = [max(map(len, ["band", *bands])) + 2, *(max(len(t), 13) + 2 for t in columns)]
     print("".join(map(str.ljust, titles, widths)).rstrip())
     for band in bands:
         cells = [band]
@@ -356,6 +381,7 @@ class Images(NamedTuple):
     labels: np.ndarray | None  # int64 [N]
     classes: list[str]
     part: list[str] | None = None  # train, val, test or "" for each image, where a list says so
+    nodata: float | None = None  # of GeoTIFFs without a tag of their own
 
     @property
     def geotiff(self) -> bool:
@@ -440,8 +466,12 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
 def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
     """train, val, test or "" for each image: the csv's column, or the lists published with the data
     set; None where --split is random."""
-    if args.split == "random" or images.part:
-        return None if args.split == "random" else images.part
+    if args.split == "random":
+        return None
+    if args.dataset == "csv":
+        if not images.part or args.split != "official":
+            fail(2, f"--split {args.split}: a csv has its column split (official) or random")
+        return images.part
     stem = args.dataset.removesuffix("-rgb") + "-spatial" * (args.split == "spatial")
     lists = {part: f"{stem}-{part}.txt" for part in ("train", "val", "test")}
     if args.dataset == "sen12ms" and args.split == "official":
@@ -517,7 +547,7 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
             if opened.mode[0] in "IF":
                 fail(1, f"{path}: a photo of 16 bits or more: give a GeoTIFF")
             if bands == 1 and opened.mode not in ("1", "L"):
-                fail(1, f"{path}: has {len(opened.getbands())} bands, --bands-in-file names 1")
+                fail(1, f"{path}: is no grey photo ({opened.mode}), --bands-in-file names one band")
             photo = opened.convert("RGB" if bands == 3 else "L")
     except Exception as error:  # whatever a broken or a huge photo raises
         fail(1, f"{path}: {str(error).splitlines()[0]}")
@@ -527,12 +557,13 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
 
 
 def which_bands(images: Images, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
-    """paths [n][C], bands [n, C] and bands_in_file [n, C] for bandcrop."""
+    """What bandcrop is to read: paths [n][C], bands [n, C], bands_in_file [n, C], nodata."""
     where = [images.bands[band] for band in bands]
     return {
         "paths": [[images.files[row][file] for file, _ in where] for row in rows],
         "bands": np.tile([place for _, place in where], (len(rows), 1)),
         "bands_in_file": np.tile([images.counts[file] for file, _ in where], (len(rows), 1)),
+        "nodata": images.nodata,
     }
 
 
@@ -616,7 +647,7 @@ def find_weights(text: str | None) -> Weights:
     if text in NEW_WEIGHTS:
         return Weights(NEW_WEIGHTS[text], text, None, {}, {})
     digest = weights_digest(text)
-    others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
+    others = f"any ResNet's are converted once: probe.py --weights other:{text} --export NEW"
     try:
         with safetensors.safe_open(text, "pt") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
@@ -739,7 +770,7 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         return Weights("stats", text, None, {}, {})
     if kind not in OTHERS:
         return find_weights(text)
-    if not file and kind in ("byol-imagenet", "seco"):
+    if not file and kind not in ("imagenet", "coco"):
         fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
     digest = weights_digest(file) if file else None
     found = read_tensors(file) if file else published(kind, arch)
@@ -749,8 +780,9 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
     arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
     if not arch or "conv1.weight" not in tensors:
         fail(1, f"{text}: not the layout of {kind!r}: {count} tensors fit it, a ResNet has 100, "
-                f"180 or 265; it holds {', '.join(list(found)[:3])} ...")  # fmt: skip
-    return Weights(OTHERS[kind], str(text), digest, {"arch": arch}, tensors)
+                f"180 or 265; it holds {', '.join(list(found)[:3])} ... (torch.save the encoder's "
+                "state_dict alone)")  # fmt: skip
+    return Weights(OTHERS[kind] or Path(file).stem, str(text), digest, {"arch": arch}, tensors)
 
 
 def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -776,12 +808,15 @@ def read_tensors(file: str) -> dict[str, Any]:
     """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
     try:
         if file.endswith(".safetensors"):
+            with safetensors.safe_open(file, "pt") as opened:
+                if "arch" in (opened.metadata() or {}):
+                    fail(2, f"{file}: is an encoder of pretrain.py or --export: name it alone")
             return safetensors.torch.load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
         return found if isinstance(found, dict) else {}
     except Exception:  # whatever a broken file raises
         fail(1, f"{file}: is no whole weights file, or holds more than tensors (none of it was "
-                "executed): torch.save its 'state_dict' alone")  # fmt: skip
+                "executed): torch.save the encoder's state_dict alone")  # fmt: skip
 
 
 def published(kind: str, arch: str) -> dict[str, Any]:
@@ -1117,8 +1152,7 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     stem = [args.dataset, args.split, str(args.subset or "full"), name, "+".join(bands)]
     path = result_path(args.out, [*stem, str(args.size)], identity, seed)
     png = path.with_name(path.stem + "-cam.png")
-    if path.exists() and (png.exists() or not args.cam):
-        print(f"{path}: done before", flush=True)
+    if (png.exists() or not args.cam) and done_before(path):
         return path
 
     clock, unseen = [time.perf_counter()], check_bands(weights, bands, args.stats)
@@ -1173,11 +1207,17 @@ def main(args: argparse.Namespace) -> None:
         args.device = find_device(args.device)
         args.weights = find_any_weights(args.weights, args.arch)
         if args.export:
+            open_folder(args.export.parent)
             return export(args.weights, args.export)
         open_folder(args.embed.parent if args.embed else args.out)
         images = list_images(args.dataset, args.root, args.bands_in_file)
-        print(f"{args.dataset}, {len(images.names)} images; weights: {args.weights.source} "
-              f"({args.weights.name}); on {args.device}", flush=True)  # fmt: skip
+        images = images._replace(nodata=args.nodata)
+        args.split = args.split or ("official" if images.part else "random")
+        weights = f"{args.weights.source} ({args.weights.name})"
+        print(f"{args.dataset}, {len(images.names)} images, split {args.split}; "
+              f"weights: {weights}; on {args.device}", flush=True)  # fmt: skip
+        if args.nodata is not None and not images.geotiff:
+            fail(2, "--nodata is for GeoTIFFs: these are photos")
         asked = requested_bands(args.bands, images.bands, args.dataset)
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
@@ -1189,7 +1229,6 @@ def main(args: argparse.Namespace) -> None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
         if len(images.classes) < 2:
             fail(1, f"{args.root}: all images are of one class, {images.classes[0]}")
-        args.split = args.split or ("official" if images.part else "random")
         images = images._replace(part=listed_parts(images, args))
         data = {
             "root": str(args.root), "files": digest_files(f for each in images.files for f in each),
@@ -1197,14 +1236,19 @@ def main(args: argparse.Namespace) -> None:
             "parts": images.part and digest_of(images.part), "places": images.bands,
             "bands_in_files": images.counts,
         }  # fmt: skip
+        if args.nodata is not None:
+            data["nodata"] = args.nodata
         seeds = range(args.seeds)
         paths = [run(args, images, data, bands, seed) for bands in asked for seed in seeds]
         print_table(args.out, paths, "f1_macro")
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
+    except torch.OutOfMemoryError:
+        fail(1, f"{args.device} has too little memory: lower --size")
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed: >&-
     sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no UTF-8
     try:
         main(arguments())

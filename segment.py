@@ -14,6 +14,7 @@ pixels, never resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLa
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -22,6 +23,7 @@ import platform
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -72,7 +74,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "paper; csv: all, or 80 %% where the split is random)")
     add("--classes", help="dfc2020: 8 (default; without Savanna, Snow/Ice) or 10; csv: names, for "
         "the mask's ids in order, ignored ones left out")
-    add("--ignore", default="0", metavar="IDS", help="csv: ids that do not count: --ignore=-1,255")
+    add("--ignore", default="0", metavar="IDS", help="csv: ids that do not count (0), as "
+        "--ignore=-1,255: with it id 0 is the first of --classes")
+    add("--nodata", type=float, help="of s1 and s2 files without such a tag, such as 0 for borders")
     add("--size", type=int, metavar="PX", help="square cut from each tile's middle (the whole)")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training tiles (default) or as the encoder was pre-trained with")
@@ -106,6 +110,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             fail(2, f"--classes {args.classes}: give two or more different names, as crops,forest")
         args.ignore, args.classes = sorted(map(int, args.ignore.split(","))), names
         args.s1_bands, args.s2_bands = args.s1_bands.split(","), args.s2_bands.split(",")
+    count = len(args.classes)  # ids of the classes: from 0 on, but what is ignored
+    args.ids = np.setdiff1d(range(count + len(args.ignore)), args.ignore)[:count].tolist()
     return args
 
 
@@ -146,6 +152,9 @@ TRIPLES = {
 }
 
 
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
+
+
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
     """(file, 0-based band in it) by the paper's names, from a file's band names in order.
 
@@ -184,10 +193,10 @@ def read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
         for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
             values = next(csv.reader([line], strict=True), [])  # alone: a quote ends on its line
             if not header:
-                header = [name.strip() for name in values]
-                if any(header.count(column) != 1 for column in columns):
+                header = [name.strip().lower() for name in values]
+                if any(header.count(column) != 1 for column in {*columns, *header} - {""}):
                     fail(1, f"{path} line {number}: {line[:80]!r} lacks one of the columns "
-                            f"{','.join(columns)}, or commas between them")  # fmt: skip
+                            f"{','.join(columns)}, has one twice, or no commas")  # fmt: skip
             elif values and len(values) != len(header):
                 fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
             elif values:
@@ -243,9 +252,23 @@ def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
     return out / f"{readable}-{identity[:12]}-seed{seed}.json"
 
 
+def done_before(path: Path) -> bool:
+    """Whether this result is there; says so, and whether another version of the script made it."""
+    if not path.exists():
+        return False
+    try:
+        code = json.loads(path.read_text())["versions"].get("script")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(1, f"{path}: is no whole result ({error!r}): remove it, then run this again")
+    other = "" if code == CODE else " by another version of this script: remove it to make it anew"
+    print(f"{path}: done before{other}", flush=True)
+    return True
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result with its versions; one that is there is never replaced."""
     result["versions"] = {
+        "script": CODE,
         "python": platform.python_version(), "numpy": np.__version__,
         "torch": torch.__version__, "torchvision": torchvision.__version__,
     }  # fmt: skip
@@ -263,20 +286,23 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     name, config = results[0]["weights"]["name"], results[0]["config"]
     tasks = {result["config"]["task"] for result in results}
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
-        other = json.loads(path.read_text())
-        alike = other["config"].get("task") in tasks
-        alike &= other["config"].get("arch") in (None, config["arch"])  # None: the floor has none
-        if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
-            results.append(other)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is no result of ours
+            other = json.loads(path.read_text())
+            archs = {other["config"]["arch"], config["arch"]} - {None}  # None: the floor has none
+            alike = other["config"]["task"] in tasks and len(archs) == 1
+            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+                results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        title, bn = result["weights"]["name"], result["config"].get("bn")
-        title += f", bn {bn}" * (bn not in (None, config.get("bn")))
+        title, other = result["weights"]["name"], result["config"]
+        title += f", {other['arch']}" * (config["arch"] is None and other["arch"] is not None)
+        title += f", bn {other.get('bn')}" * (other.get("bn") not in (None, config.get("bn")))
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
-    print(f"\n{metric}, mean over seeds ± half the 95 % interval")
+    print(f"\n{metric}: mean over seeds ± half its 95 % interval; analyze.py corrects the interval "
+          "for\nsplits that overlap")  # fmt: skip
     titles = ("band", *columns)
-    widths = [max(len(title), 13) + 2 for title in titles]
+    widths = [max(map(len, ["band", *bands])) + 2, *(max(len(t), 13) + 2 for t in columns)]
     print("".join(map(str.ljust, titles, widths)).rstrip())
     for band in bands:
         cells = [band]
@@ -325,7 +351,7 @@ def find_weights(text: str | None) -> Weights:
     if text in NEW_WEIGHTS:
         return Weights(NEW_WEIGHTS[text], text, None, {}, {})
     digest = weights_digest(text)
-    others = f"others' are converted once: probe.py --weights imagenet:{text} --export NEW"
+    others = f"any ResNet's are converted once: probe.py --weights other:{text} --export NEW"
     try:
         with safetensors.safe_open(text, "pt") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
@@ -582,6 +608,7 @@ class Tiles(NamedTuple):
     windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
     part: list[str] | None  # train, val or test, where the archive says so
     digest: str  # of all files and parts
+    nodata: float | None  # of files without a tag of their own
     synthetic: bool
 
 
@@ -612,7 +639,7 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
         bands=bands[0] | bands[1], **read_masks(files["mask"], args), part=part,
-        digest=digest_of([digest_files(sum(files.values(), [])), part]),
+        digest=digest_of([digest_files(sum(files.values(), [])), part]), nodata=args.nodata,
         synthetic=(folder / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
 
@@ -643,8 +670,6 @@ def list_dfc2020(root: Path) -> list[dict[str, str]]:
 
 def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarray]:
     """The middle of each mask, and where that is: `masks` and `windows` of Tiles."""
-    count = len(args.classes)
-    ids = np.setdiff1d(range(count + len(args.ignore)), args.ignore)[:count]
     masks, windows = [], []
     for path in paths:
         whole = bandcrop.read(path)[0]  # of any type
@@ -655,10 +680,11 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
         top, left = (height - side) // 2, (width - side) // 2
         cut = whole[top : top + side, left : left + side]
         mask = np.full(cut.shape, IGNORED, np.uint8)
-        for number, id in enumerate(ids):
+        for number, id in enumerate(args.ids):
             mask[cut == id] = number
-        if (strange := cut[~np.isin(cut, [*ids, *args.ignore])]).size:
-            fail(1, f"{path}: holds {strange[0]}: neither named by --classes nor in --ignore")
+        if (strange := cut[~np.isin(cut, [*args.ids, *args.ignore])]).size:
+            fail(1, f"{path}: holds {strange[0]}: --classes are ids {args.ids}, --ignore has "
+                    f"{args.ignore}: name all ids, or number them anew")  # fmt: skip
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
     return {"masks": np.stack(masks), "windows": np.array(windows)}
@@ -683,7 +709,7 @@ def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.n
     if counts[train].sum() < 2 or held < 2 or not counts[test].any():
         fail(1, f"{args.root}: pixels that count are in {counts[train].sum()} training tiles (2 "
                 f"needed), of {held} classes (2), and in {counts[test].sum()} test tiles (1); see "
-                "--split, --classes, --ignore")  # fmt: skip
+                f"--split, --classes, --ignore (ids {args.ignore} do not count)")  # fmt: skip
     return train, train[counts[train]], test
 
 
@@ -691,7 +717,8 @@ def source(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
     """Where bandcrop finds these bands of these tiles."""
     where = [tiles.bands[band] for band in bands]
     paths = [[tiles.files[row][file] for file, _ in where] for row in rows]
-    return {"paths": paths, "bands": [[band for _, band in where]] * len(rows)}
+    bands = [[band for _, band in where]] * len(rows)
+    return {"paths": paths, "bands": bands, "nodata": tiles.nodata}
 
 
 def band_statistics(
@@ -786,14 +813,15 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
         "lr": LEARNING_RATE, "stats": args.stats, "classes": classes, "ignored": args.ignore,
         "files": tiles.digest, "places": tiles.bands, "bf16": native_bf16(device),
     }  # fmt: skip
+    if tiles.nodata is not None:
+        settings["nodata"] = tiles.nodata
     arch = weights.metadata.get("arch", args.arch)
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
     identity = digest_of([task, bands, arch, weights.name, weights.sha256])
     parts = [args.dataset, args.split, str(len(drawn)), weights.name, "+".join(bands)]
     path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
     png = path.with_name(f"{path.stem}-maps.png")
-    if path.exists() and (png.exists() or not args.maps):
-        print(f"{path}: done before", flush=True)
+    if (png.exists() or not args.maps) and done_before(path):
         return path
 
     title = f"{'+'.join(bands)}, seed {seed}"
@@ -843,8 +871,14 @@ def main(args: argparse.Namespace) -> None:
         asked = requested_bands(args.bands, tiles.bands, args.dataset)
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
-        print(f"{len(tiles.names)} tiles, {len(args.classes)} classes; {args.weights.name} "
+        print(f"{len(tiles.names)} tiles, split {args.split}; {args.weights.name} "
               f"({args.weights.source}) on {args.device}", flush=True)  # fmt: skip
+        classes = [f"{id} {name}" for id, name in zip(args.ids, args.classes, strict=True)]
+        ignored = ", ".join(map(str, args.ignore))
+        print(textwrap.fill(f"ids: {', '.join(classes)}; ignored: {ignored}", 79), flush=True)
+        for number, name in enumerate(classes):
+            if not (tiles.masks == number).any():
+                print(f"warning: no mask holds {name}: see --classes and --ignore", flush=True)
         paths = [run(args, tiles, bands, seed) for bands in asked for seed in range(args.seeds)]
         for metric in ("miou", "aa"):
             print_table(args.out, paths, metric)
@@ -855,6 +889,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed: >&-
+    sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
         main(arguments())
     except KeyboardInterrupt:

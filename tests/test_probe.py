@@ -449,13 +449,19 @@ def test_an_exported_encoder_is_ours(resnets, tmp_path, capsys):
     weights, encoder = loaded("imagenet", tmp_path / "w.pth")
     probe.main(probe.arguments(["--weights", weights.source, "--export", str(tmp_path / "own")]))
     assert str(tmp_path / "own") in capsys.readouterr().out
-    argv = ["--weights", weights.source, "--export", tmp_path / "no" / "folder"]
-    refused(capsys, 1, argv, tmp_path / "no")
+    argv = ["--weights", weights.source, "--export", tmp_path / "w.pth"]
+    refused(capsys, 2, argv, tmp_path / "w.pth", "there already")
     own = probe.find_weights(str(tmp_path / "own"))
     assert (own.name, own.metadata["arch"]) == ("ImageNet supervised", "resnet18")
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(probe.load_encoder(own, "resnet50", 3, 0)(x), encoder(x))
+    other = probe.find_any_weights(f"other:{tmp_path / 'w.pth'}", "resnet50")
+    assert other.name == "w" and other.metadata["arch"] == "resnet18"  # nobody else's name
+    (tmp_path / "own").rename(tmp_path / "own.safetensors")
+    with pytest.raises(SystemExit) as ended:  # ours under another's name
+        probe.find_any_weights(f"imagenet:{tmp_path / 'own.safetensors'}", "resnet18")
+    assert ended.value.code == 2 and "name it alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, other", [("imagenet", "seco"), ("byol-imagenet", "imagenet")])
@@ -562,7 +568,7 @@ def test_weights_whose_channels_do_not_match_are_refused(photos, tmp_path, capsy
 def test_weights_that_are_no_encoder_are_refused(photos, tmp_path, capsys):
     file = tmp_path / "encoder.safetensors"
     safetensors.torch.save_file({"conv1.weight": torch.zeros(2)}, file)
-    refused(capsys, 1, settings(photos, tmp_path, weights=file), file, f"imagenet:{file} --export")
+    refused(capsys, 1, settings(photos, tmp_path, weights=file), file, f"other:{file} --export")
     refused(capsys, 2, settings(photos, tmp_path, weights="nonsense"), "nonsense", "--help")
     refused(capsys, 2, settings(photos, tmp_path, weights="seco"), "seco:FILE")
 
@@ -731,6 +737,7 @@ def test_every_determinant_of_a_result_gives_a_new_one(eurosat, tmp_path, quick)
     (tmp_path / "w.safetensors").write_bytes(other.read_bytes())
     run("other weights of the same name", weights=tmp_path / "w.safetensors")
     run("--stats", "--stats", "encoder", weights=other)
+    run("--nodata", "--nodata", "0")
     table(tmp_path / "a/t.csv", relabelled)
     run("a label")
     table(tmp_path / "a/t.csv", resplit)
@@ -803,8 +810,9 @@ def test_embed_writes_the_features_of_every_image_labelled_or_not(photos, tmp_pa
     np.testing.assert_allclose(found["features"], probe.BandStatistics(1)(x), rtol=1e-5)
     assert found["names"].tolist() == [file for (file,) in images.files]
     assert found["bands"].tolist() == ["Red"] and "labels" not in found
-    probe_run(photos, tmp_path, "--embed", tmp_path / "all.npz")
-    found = np.load(tmp_path / "all.npz", allow_pickle=False)
+    refused(capsys, 2, settings(photos, tmp_path, "--embed", tmp_path / "all.npz"), "there already")
+    probe_run(photos, tmp_path, "--embed", tmp_path / "photos.npz")
+    found = np.load(tmp_path / "photos.npz", allow_pickle=False)
     assert found["features"].shape == (30, 512) and found["classes"].tolist() == CLASSES
     assert found["labels"].tolist() == images.labels.tolist()
 
@@ -820,11 +828,14 @@ def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floo
     monkeypatch.setattr(probe, "band_places", lambda _: {"Red": (0, 2), "Blue": (0, 0)})
     probe_run(photos, tmp_path, "--seeds", 2)  # and so does another band order
     monkeypatch.setattr(probe, "band_places", places)
-    (tmp_path / "junk.json").write_text("[]")
+    for name, text in (("", "[]"), ("-1", "{}"), ("-2", '{"config"')):  # what is no result
+        (tmp_path / f"eurosat-rgb-junk-seed0{name}.json").write_text(text)
     file = write_encoder(tmp_path / "e.safetensors")
     capsys.readouterr()
     probe_run(photos, tmp_path, "--seeds", 2, weights=file, band="all")
     lines = capsys.readouterr().out.splitlines()
+    for junk in tmp_path.glob("*junk*"):
+        junk.unlink()
     names = ("RS-BYOL-1", "Random init", "stats")
     assert lines[-4].split("  ")[0] == "band" and all(name in lines[-4] for name in names)
     for band, line in zip(("Blue", "Green", "Red"), lines[-3:], strict=True):
@@ -844,7 +855,24 @@ def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floo
         assert line.split() == cells
     probe_run(photos, tmp_path, "--seeds", 2, "--bn", "reestimate", weights=file)
     titles = capsys.readouterr().out.splitlines()[-2]
-    assert titles.split("  ")[:3] == ["band", "", ""] and "Random init, bn encoder  " in titles
+    assert titles.startswith("band  RS-BYOL-1  ") and "Random init, bn encoder  " in titles
+    capsys.readouterr()
+    probe_run(photos, tmp_path, "--seeds", 2, weights="stats")  # the floor has no architecture
+    assert "Random init, resnet18" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_result_is_not_taken_as_done_where_it_is_damaged_and_named_where_the_script_changed(
+    photos, tmp_path, capsys, quick, monkeypatch
+):
+    argv = settings(photos, tmp_path)
+    probe.main(probe.arguments(argv))
+    (path,) = tmp_path.glob("*.json")
+    capsys.readouterr()
+    monkeypatch.setattr(probe, "CODE", "of another version")
+    probe.main(probe.arguments(argv))
+    assert f"{path}: done before by another version of this script" in capsys.readouterr().out
+    path.write_text(path.read_text()[:200])
+    refused(capsys, 1, argv, path, "no whole result", "remove it")
 
 
 def test_progress_stands_in_a_log_file_once_a_minute(monkeypatch, capsys):
@@ -916,7 +944,7 @@ def test_fullgrad_contributions_sum_to_the_logit():
 
 
 # ------------------------------------------------------------------------------ data and errors
-def test_csv_images_with_their_own_split(photos, tmp_path):
+def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
     rows = [
         {"image": f"{photos}/{name}/{name}_{n}.jpg", "label": name,
          "split": "train" if n < 6 else "val" if n < 8 else "test"}
@@ -927,6 +955,14 @@ def test_csv_images_with_their_own_split(photos, tmp_path):
     [result] = results(tmp_path / "out")
     config = result["config"]
     assert (result["split"], config["test"], config["train"]) == ("official", 6, 18)
+    said = capsys.readouterr().out
+    assert "split official" in said.splitlines()[0]
+    path = tmp_path / "t.csv"
+    path.write_text(path.read_text().replace("image,label,split", "Image, Label, Split", 1))
+    probe_run(path, tmp_path / "out", dataset="csv", band="RGB", weights="stats")
+    assert "done before" in capsys.readouterr().out
+    argv = settings(path, tmp_path / "out", "--split", "spatial", dataset="csv")
+    refused(capsys, 2, argv, "--split spatial", "column split")
 
 
 @pytest.mark.parametrize("text, status, words", [
@@ -935,6 +971,7 @@ def test_csv_images_with_their_own_split(photos, tmp_path):
     ("image;label\nA;a\n", 1, ["columns image", "commas"]),
     ("image\tlabel\nA\ta\n", 1, ["columns image", "\\t"]),
     ("picture,label\nA,b", 1, ["columns image"]),
+    ("image,label,label\nA,a,b", 1, ["one twice"]),
     ("image,label\n", 1, ["no row"]),
     ("", 1, ["columns image"]),
     ("image,label\nnone.jpg,a\n", 1, ["line 2", "none.jpg"]),
@@ -975,7 +1012,7 @@ def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refus
     (tmp_path / "huge.png").write_bytes(png)
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
-    for name, bands, told in (("deep", 3, "16 bits"), ("huge", 3, "pixels"), ("rgb", 1, "has 3")):
+    for name, bands, told in (("deep", 3, "16 bits"), ("huge", 3, "pixels"), ("rgb", 1, "no grey")):
         with pytest.raises(SystemExit) as ended:
             probe.open_photo(str(tmp_path / f"{name}.png"), None, bands)
         said = capsys.readouterr().err
@@ -998,6 +1035,16 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
     mean, std = probe.band_statistics(images, np.arange(4), ["Red"])
     assert mean == pytest.approx([np.concatenate(valid).mean()])
     assert std == pytest.approx([np.concatenate(valid).std()])
+    for n in (0, 2):  # files without a tag: --nodata speaks for them
+        tile = tifffile.imread(tmp_path / f"{n}.tif")
+        tile[:8] = 0
+        tifffile.imwrite(tmp_path / f"{n}.tif", tile)
+        valid[n] = tile[8:].ravel()
+    images = images._replace(nodata=0)
+    mean, _ = probe.band_statistics(images, np.arange(4), ["Red"])
+    assert mean == pytest.approx([np.concatenate(valid).mean()])
+    x, _ = read(images, np.array([0]), ["Red"])
+    assert x[0, 0, :7].abs().max() < 1e-3  # zeros became the mean, but where a cubic reaches over
 
 
 def test_a_broken_tile_is_named(tmp_path, capsys):

@@ -141,6 +141,17 @@ def test_classes_name_the_ids_that_are_not_ignored(table, tmp_path):
     assert ((tiles.masks == segment.IGNORED) == (raw == 2)).all()
 
 
+def test_which_id_is_which_class_is_said_and_a_class_in_no_mask_is_warned_of(
+    table, tmp_path, capsys, instant
+):
+    segment_run(table, tmp_path, "--classes", "a,b,c,d,e")  # ids 0..4, and 0 is ignored
+    said = capsys.readouterr().out
+    assert "ids: 1 a, 2 b, 3 c, 4 d, 5 e; ignored: 0\nwarning: no mask holds 5 e" in said
+    segment_run(table, tmp_path, "--classes", "a,b,c,d,e", "--ignore=-1")
+    said = capsys.readouterr().out
+    assert "ids: 0 a, 1 b, 2 c, 3 d, 4 e; ignored: -1\n" in said and "warning" not in said
+
+
 def test_masks_and_tiles_with_another_number_of_bands_are_refused(table, tmp_path, capsys):
     other = write_masks(table, tmp_path / "data", lambda mask: np.stack([mask] * 3, -1))
     refused(capsys, 1, settings(other, tmp_path), "mask/0.tif", "has 3 bands", "a mask has 1")
@@ -170,6 +181,9 @@ def test_statistics_leave_out_each_files_own_nodata(tmp_path):
     pixels[1] = pixels[1][20:]  # tile 1 alone calls 0 nodata
     every = np.concatenate([p.ravel() for p in pixels])
     assert mean == pytest.approx([every.mean()]) and std == pytest.approx([every.std()])
+    mean, _ = segment.band_statistics(tiles._replace(nodata=4000), np.arange(3), ["Blue"], args)
+    every = np.concatenate([p[-20:].ravel() for p in pixels])  # others' 4000 is none now
+    assert mean == pytest.approx([every.mean()])
 
 
 # ------------------------------------------------------------------------------------- measures
