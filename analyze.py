@@ -138,12 +138,14 @@ def surviving(faults: list[str], what: str) -> Iterator[None]:
 
 
 def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
-    """How pretrain.py made an encoder: its command's flags in any order, but IDLE_FLAGS."""
+    """How pretrain.py made an encoder: its command's flags in any order, but IDLE_FLAGS; the script
+    and the list of pairs, by their digests."""
     if "command" not in about:
         return ()
     script, *flags = about["command"].split(" --")
     flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
     kept = [f"--{flag}" for flag in flags if flag.split(" ")[0] not in IDLE_FLAGS]
+    kept += [f"{key} {about[key][:8]}" for key in ("code", "archive") if about.get(key)]
     return (Path(script).name, *kept)
 
 
@@ -219,6 +221,8 @@ class Run:
         config = json.loads(log.with_name("config.json").read_text(encoding="utf-8"))
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         steps = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
+        if not steps:
+            raise ValueError("no line in it yet")
         self.folder, self.name = log.parent, clean(str(log.parent))
         self.synthetic = config["pairs"]["synthetic"] is True
         self.log = {key: np.array([step.get(key) for step in steps], float)
@@ -275,12 +279,17 @@ def named(name: str, details: list[str]) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
-def judge_last(results: list[Result]) -> None:
+def judge_last(results: list[Result], faults: list[str]) -> None:
     """Only the latest encoder of each pre-training is compared with others; see `judged`."""
     for (recipe, *_), found in groups(results, "recipe", "pretraining", "usage").items():
         last = max(found, key=lambda r: (r.epoch, -len(r.place)))  # encoder, not its copy
         for r in found:
             r.judged = not recipe or r.file == last.file
+        folder = last.place.partition("/")[0]  # it may hold the same encoder twice
+        rivals = {r.place for r in found if r.epoch == last.epoch and not r.judged}
+        for place in sorted(p for p in rivals if p.partition("/")[0] != folder):
+            faults.append(f"{place}: the same command, seed and epoch as {last.place}, which alone "
+                          "is tested")  # fmt: skip
 
 
 def find_recipes(results: list[Result]) -> dict[str, list[str]]:
@@ -546,7 +555,7 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
     for title, section in sorted(titled, key=lambda t: (t[1][0].stage, t[1][0].dataset, t[0])):
         label_rows(section)
         kept = without_copies(section, faults)
-        judge_last(kept)
+        judge_last(kept, faults)
         sections.append([])
         by_table = groups(kept, *TABLE)
         for channels, labels in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):
@@ -642,13 +651,13 @@ def verdict(tables: list[Table]) -> str:
 
 def notes(table: Table) -> str:
     unit = "mIoU and AA in %" if table.stage == "segment" else "Macro F1"
-    counts = map(str, sorted({c.n for c in table.cells if c.n and c.over == "seeds"}))
+    counts = sorted({c.n for c in table.cells if c.n and c.over == "seeds"})
+    seeds = f"{' to '.join(map(str, counts))} seed{'s' * (counts != [1])}"
     split = "with a fixed split: seeds redraw only the head and random weights"
     if any(r.overlap for r in table.results):
         split = "widened by Nadeau and Bengio's correction for random splits that overlap"
-    return (f"{unit}, mean ± 95 % t-interval over {' to '.join(counts)} seeds (of a "
-            f"recipe: over its pre-trainings), {split}. In brackets: the paper's figure. "
-            f"{DASH}: no result.")  # fmt: skip
+    return (f"{unit}, mean ± 95 % t-interval over {seeds} (of a recipe: over its pre-trainings), "
+            f"{split}. In brackets: the paper's figure. {DASH}: no result.")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- text

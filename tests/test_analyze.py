@@ -89,10 +89,11 @@ def fill(folder: Path, stage: str, scores: dict, bands: list, seeds: int, **chan
 
 
 def pretrained(folder: Path, run: str, score: float, seed: int, seeds=range(2), epoch="30",
-               stage="probe", bands=("Red",), command="--mode single --lr 0.03",
-               **changes) -> None:  # fmt: skip
+                   stage="probe", bands=("Red",), command="--mode single --lr 0.03",
+               made_by=None, **changes) -> None:  # fmt: skip
     """A probe, for each band and seed, of the encoder that `command --seed seed` made as `run`."""
     about = {"command": f"pretrain.py {command} --seed {seed}", "epoch": epoch, "seed": str(seed)}
+    about |= made_by or {}
     for band, k in itertools.product(bands, seeds):
         made = result(stage, OURS, [band], k, score + 0.01 * k, encoder=about, **changes)
         source = f"{run}/encoder.safetensors" if "/" not in run else f"{run}.safetensors"
@@ -419,7 +420,7 @@ def test_a_recipe_is_welchs_test_over_its_pretrainings(tmp_path, stage, unit):
     for seed, score in enumerate(drawn):
         write(tmp_path, result(stage, "random", seed=seed, score=score))
     (table,), faults = tables_of(tmp_path)
-    assert not faults
+    assert faults == ["p0copy: the same command, seed and epoch as p0, which alone is tested"]
     label = "RS-BYOL-1 (3 pre-trainings)"
     assert {k: len(v) for k, v in table.recipes.items()} == {label: 3}
     (test,) = [t for t in found_tests(table, "over pre-trainings") if t.b.startswith("random")]
@@ -457,6 +458,19 @@ def test_two_recipes_are_compared_over_the_pretrainings_of_both(tmp_path):
     assert abs(test.t) == pytest.approx(abs(stats.ttest_ind(a, b, equal_var=False).statistic))
     assert sorted(table.recipes) == ["RS-BYOL-1 (3 pre-trainings, --lr 0.03)",
                                      "RS-BYOL-1 (4 pre-trainings, --lr 0.2)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["code", "archive"])
+def test_encoders_of_another_script_or_list_of_pairs_are_another_recipe(tmp_path, key):
+    """Also where the command is the same: README has users edit `augment`."""
+    for value, scores in (("1" * 12, [0.60, 0.61, 0.62]), ("2" * 12, [0.90, 0.91, 0.92])):
+        for seed, score in enumerate(scores):
+            pretrained(tmp_path, f"{value[0]}-{seed}", score, seed, made_by={key: value})
+    (table,), faults = tables_of(tmp_path)
+    means = {c.weights: c.mean for c in table.cells if c.over == "pre-trainings"}
+    named = [f"RS-BYOL-1 (3 pre-trainings, {key} {value})" for value in ("1" * 8, "2" * 8)]
+    assert means == dict(zip(named, [pytest.approx(0.615), pytest.approx(0.915)], strict=True))
+    assert not faults
 
 
 def test_what_is_no_better_than_random_seldom_seems_so():
@@ -741,12 +755,14 @@ def test_broken_embeddings_and_logs_are_named_and_left_out(tmp_path, capsys, und
     write_run(tmp_path / "runs/bad", 1, last='{"step": 700\n')
     write_run(tmp_path / "runs/worse", 2)
     (tmp_path / "runs/worse/config.json").write_text("[")
+    write_run(tmp_path / "runs/young", 3)
+    (tmp_path / "runs/young/log.jsonl").write_text("")
     argv = ["results", "--out", "report", "--runs", "runs"]
     assert analyze.main([str(tmp_path / a) if a[0] != "-" else a for a in argv]) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 3
-    for part in ("red.npz: no embeddings", "bad/log.jsonl: JSON",
-                 "worse/log.jsonl: JSON"):  # fmt: skip
+    assert len(said.splitlines()) == 4
+    for part in ("red.npz: no embeddings", "bad/log.jsonl: JSON", "worse/log.jsonl: JSON",
+                 "young/log.jsonl: ValueError: no line in it yet"):  # fmt: skip
         assert part in said
 
 
