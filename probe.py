@@ -149,6 +149,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
     if args.embed and args.finetune:
         fail(2, "--embed trains nothing: not with --finetune or scratch")
+    if args.bands_in_file and args.dataset != "csv":
+        fail(2, f"--bands-in-file is for --dataset csv: {args.dataset}'s order is known")
     args.root = args.root or Path("data") / args.dataset
     if not args.root.exists():
         fail(2, f"{args.root}: no {args.dataset} there; {DATASETS[args.dataset]}")

@@ -94,6 +94,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if (given := getattr(args, name)) is not None and given < value:
             fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
     if args.dataset == "dfc2020":
+        if args.s2_bands:
+            fail(2, "--s2-bands is for --dataset csv: dfc2020's order is known")
         if args.classes not in (None, "8", "10"):
             fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
         args.ignore = [0] if args.classes == "10" else [0, 3, 8]  # Savanna, Snow/Ice

@@ -963,6 +963,8 @@ def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
     assert "done before" in capsys.readouterr().out
     argv = settings(path, tmp_path / "out", "--split", "spatial", dataset="csv")
     refused(capsys, 2, argv, "--split spatial", "column split")
+    argv = settings(photos, tmp_path, "--bands-in-file", "B04")
+    refused(capsys, 2, argv, "--bands-in-file is for --dataset csv")
 
 
 @pytest.mark.parametrize("text, status, words", [

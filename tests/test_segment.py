@@ -563,6 +563,7 @@ def test_real_bigearthnet_tiles_run(tmp_path):
 
 def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     dfc = ["--dataset", "dfc2020", "--band", "RE5"]
+    refused(capsys, 2, [*dfc, "--s2-bands", "B02"], "--s2-bands is for --dataset csv")
     dfc += ["--out", str(tmp_path)]
     refused(capsys, 2, [*dfc, "--root", str(tmp_path / "none")], "dfc2020.zip", "md5 f10ba017")
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--classes", "9"], "--classes 9", "8 or 10")
