@@ -838,8 +838,9 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
                                          "--batch-size", "4"))  # fmt: skip
     left = {Path(path).name for path in [*listed.files[0], *listed.watched[0]]}
     assert left == {tile.name for tile in tiles} - {tiles[0].name, tiles[5].name}
-    said = trained("--mode", "single", "--root", archive, *SMALL, "--exclude", listing,
-                   "--max-steps", 1, "--out", tmp_path / "run")  # fmt: skip
+    status, said, err = here("--mode", "single", "--root", archive, *SMALL, "--exclude", listing,
+                             "--max-steps", 1, "--out", tmp_path / "run")  # fmt: skip
+    assert status == 0 and "1 of 3 lines name no tile, such as 'ROIs1_s2_elsewhere.tif'" in err
     assert "epoch 0.5 loss" in said  # a run that ends between two log lines says where it is
     with safe_open(tmp_path / "run" / "encoder.safetensors", "pt") as file:
         assert file.metadata()["exclude"] == "2 pairs of test_list.txt"
@@ -888,9 +889,10 @@ def test_a_missing_archive_says_where_to_get_one(tmp_path):
 
 def test_wrong_use_is_one_clear_line(archive, tmp_path):
     pairs = tmp_path / "pairs.csv"
-    s2 = sorted(archive.glob("ROIs*/s2_*/*.tif"))[0]
-    s1 = Path(str(s2).replace("s2_", "s1_"))
-    pairs.write_text("s1,s2\n" + f"{s1},{s2}\n" * 4)
+    tiles = sorted(archive.glob("ROIs*/s2_*/*.tif"))[:4]
+    rows = [f"{str(tile).replace('s2_', 's1_')},{tile}\n" for tile in tiles]
+    pairs.write_text("s1,s2\n" + "".join(rows))
+    s1, s2 = rows[0].strip().split(",")
     csv = ["--pairs", pairs, *SMALL, "--out", tmp_path / "out"]
     lone = tmp_path / "lone"
     shutil.copytree(archive, lone)
