@@ -301,8 +301,7 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
         title += f", bn {other.get('bn')}" * (other.get("bn") not in (None, config.get("bn")))
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
-    print(f"\n{metric}: mean over seeds ± half its 95 % interval; analyze.py corrects the interval "
-          "for\nsplits that overlap")  # fmt: skip
+    print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")
     titles = ("band", *columns)
     widths = [max(map(len, ["band", *bands])) + 2, *(max(len(t), 13) + 2 for t in columns)]
     print("".join(map(str.ljust, titles, widths)).rstrip())
