@@ -685,7 +685,7 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
             mask[cut == id] = number
         if (strange := cut[~np.isin(cut, [*args.ids, *args.ignore])]).size:
             fail(1, f"{path}: holds {strange[0]}: --classes are ids {args.ids}, --ignore has "
-                    f"{args.ignore}: name all ids, or number them anew")  # fmt: skip
+                    f"{args.ignore}: add it to one, or number the masks anew")  # fmt: skip
         masks.append(mask)
         windows.append((top / height, left / width, side / height, side / width))
     return {"masks": np.stack(masks), "windows": np.array(windows)}
