@@ -113,7 +113,9 @@ on_varied() { # 89 steps an epoch, cycles of 10, 20 and 40 epochs
 for seed in 0 1 2; do
     on_varied "varied-seed$seed" --seed $seed --negatives 0
     on_varied "negatives-seed$seed" --seed $seed --negatives 0.2
+    on_varied "varied-ms-only-seed$seed" --seed $seed --negatives 0 --views ms-ms
 done
+pretrain varied-paper --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH --epochs 10
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
 BEST="$RUNS/plain-seed0/encoder-epoch0310.safetensors"
@@ -151,11 +153,15 @@ for column in 1 2; do
         'NR == 1 {print "image,label"} NR > 1 {print folder "/" $column "," $3}' \
         "$DATA/s1s2_scenes/pairs.csv" > "$RUNS/scenes-s$column.csv"
 done
-for weights in random stats varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 negatives-seed2; do
+for weights in random stats varied-paper varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 \
+    negatives-seed2 varied-ms-only-seed0 varied-ms-only-seed1 varied-ms-only-seed2; do
     case $weights in random | stats) ;; *) weights="$RUNS/$weights/encoder.safetensors --bn reestimate" ;; esac
     probe $RGB --band all --weights $weights
     probe --dataset csv --root "$RUNS/scenes-s1.csv" --bands-in-file VH --band VH --size 64 --weights $weights
     probe --dataset csv --root "$RUNS/scenes-s2.csv" --bands-in-file Red --band Red --size 64 --weights $weights
+    for labels in 50 200 1000; do
+        probe $RGB --band Red --head linear --train-images $labels --weights $weights
+    done
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-varied
 
