@@ -65,6 +65,7 @@ BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, t
 SAR = ("SAR1", "SAR2")
 SEN12MS_S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()  # order in the file
 SEN12MS_S1 = "VV VH".split()
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 
 
 def band_name(text: str) -> str:
@@ -104,7 +105,6 @@ MAY_CHANGE = (
     "epochs", "max_steps", "checkpoint_every",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 NO_ARCHIVE = """no archive in {root}: give --root DIR (SEN12MS layout) or --pairs FILE.csv
   SEN12MS (180,662 pairs, 500 GB): rsync or ftp, dataserv.ub.tum.de, user and password m1474000
@@ -561,20 +561,25 @@ def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
 
 def leave_out(listed: list[tuple[str, str]], root: Path, path: str) -> list[tuple[str, str]]:
     """The pairs but those that the text file `path` names, a tile's file name or path a line."""
-
-    def names(pair: tuple[str, str]) -> set[str]:  # of root/s2/1.tif: 1.tif, s2/1.tif, root/s2/...
-        parts = [Path(root, file).parts for file in pair]
-        return {str(Path(*p[at:])) for p in parts for at in range(len(p))}
-
     try:
         lines = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()} - {""}
     except UnicodeDecodeError:
         fail(1, f"--exclude {path} is not UTF-8 text: save it as that")
-    kept = [pair for pair in listed if not names(pair) & lines]
+    by_name: dict[str, list[str]] = {}  # 1.tif: the lines that end in it, as s2/1.tif
+    for line in lines:
+        by_name.setdefault(line.rpartition("/")[2], []).append(line)
+    met = [  # of each pair, the lines that name one of its tiles
+        {
+            line for file in pair for line in by_name.get(file.rpartition("/")[2], [])
+            if f"/{root / file}".endswith(f"/{line}")
+        }
+        for pair in listed
+    ]  # fmt: skip
+    kept = [pair for pair, named in zip(listed, met, strict=True) if not named]
     if len(kept) == len(listed):
         fail(2, f"--exclude {path} names no tile of {root}: one file name a line")
     say(f"{len(listed) - len(kept)} pairs left out by {path}")
-    if unknown := lines - set().union(*map(names, listed)):
+    if unknown := lines.difference(*met):
         warn(f"--exclude {path}: {len(unknown)} of {len(lines)} lines name no tile, such as "
              f"{min(unknown)!r}")  # fmt: skip
     return kept
@@ -724,8 +729,9 @@ def reason(error: Exception) -> str:
 
 
 def new_config(
-    args: Namespace, archive: Archive, measured: list, device: torch.device, precision: str
-) -> dict:
+    args: Namespace, archive: Archive, measured: tuple[list[float], list[float]],
+    device: torch.device, precision: str,
+) -> dict:  # fmt: skip
     """Everything that says what a run is, written to config.json. `measured`: bands' mean, std."""
     mean, std = measured
     config = {
@@ -1015,15 +1021,15 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
         measured = band_statistics(archive, args)
         config = config or new_config(args, archive, measured, device, precision)
     config = everyone(config)[0]
-    stats, changed = [config["bands"]["mean"], config["bands"]["std"]], "was started otherwise"
+    stats, otherwise = [config["bands"]["mean"], config["bands"]["std"]], "was started otherwise"
     if config["pairs"]["sha256"] != archive.about["sha256"]:
-        fail(2, f"{args.out} {changed}: the archive's list of pairs is another (used then "
+        fail(2, f"{args.out} {otherwise}: the archive's list of pairs is another (used then "
              f"{config['pairs']['used']}, now {pairs}): choose another --out")  # fmt: skip
     off = abs(np.subtract(measured or stats, stats)).max(0) / stats[1]  # in standard deviations
     if off.max() > 0.1:
         band = off.argmax()
         was, now = stats[0][band], measured[0][band]
-        fail(2, f"{args.out} {changed}: tiles have changed ({archive.bands[band]}'s mean was "
+        fail(2, f"{args.out} {otherwise}: tiles have changed ({archive.bands[band]}'s mean was "
              f"{was:.4g}, is {now:.4g}): choose another --out")  # fmt: skip
     if config["versions"].get("pretrain.py") != CODE:
         warn(f"{args.out} was started by another version of this script")
