@@ -131,8 +131,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
             fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
-    for path in filter(Path.exists, filter(None, (args.export, args.embed))):
-        fail(2, f"{path} is there already: choose another name")
+    for path in (args.export, args.embed):
+        if path and path.exists():
+            fail(2, f"{path} is there already: choose another name")
     if args.export:
         if str(args.weights).partition(":")[0] not in OTHERS:
             fail(2, "--export converts others' weights: imagenet, coco, seco:FILE, ... (--help)")
@@ -167,6 +168,7 @@ BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, t
 SAR = ("SAR1", "SAR2")
 SEN12MS_S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()  # order in the file
 SEN12MS_S1 = "VV VH".split()
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 
 
 def band_name(text: str) -> str:
@@ -194,9 +196,6 @@ TRIPLES = {
     "RE": ["RE5", "RE6", "RE7"],
     "SAR": ["SAR1", "SAR2", "SAR1"],
 }
-
-
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 
 
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
@@ -338,9 +337,11 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        title, other = result["weights"]["name"], result["config"]
-        title += f", {other['arch']}" * (config["arch"] is None and other["arch"] is not None)
-        title += f", bn {other.get('bn')}" * (other.get("bn") not in (None, config.get("bn")))
+        title, its = result["weights"]["name"], result["config"]
+        if its["arch"] not in (None, config["arch"]):
+            title += f", {its['arch']}"
+        if its.get("bn") not in (None, config.get("bn")):
+            title += f", bn {its['bn']}"
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")

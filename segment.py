@@ -125,6 +125,7 @@ BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, t
 SAR = ("SAR1", "SAR2")
 SEN12MS_S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()  # order in the file
 SEN12MS_S1 = "VV VH".split()
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 
 
 def band_name(text: str) -> str:
@@ -152,9 +153,6 @@ TRIPLES = {
     "RE": ["RE5", "RE6", "RE7"],
     "SAR": ["SAR1", "SAR2", "SAR1"],
 }
-
-
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
 
 
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
@@ -296,9 +294,11 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        title, other = result["weights"]["name"], result["config"]
-        title += f", {other['arch']}" * (config["arch"] is None and other["arch"] is not None)
-        title += f", bn {other.get('bn')}" * (other.get("bn") not in (None, config.get("bn")))
+        title, its = result["weights"]["name"], result["config"]
+        if its["arch"] not in (None, config["arch"]):
+            title += f", {its['arch']}"
+        if its.get("bn") not in (None, config.get("bn")):
+            title += f", bn {its['bn']}"
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")
@@ -706,7 +706,7 @@ def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.n
         train = np.sort(rng.permutation(np.flatnonzero(part != "test"))[: args.num_images])
         test = np.flatnonzero(part == "test")
     counts, truth = (tiles.masks != IGNORED).any((1, 2)), tiles.masks[train]
-    held = np.unique(truth[truth != IGNORED]).size
+    held = sum((truth == number).any() for number in range(len(args.classes)))
     if counts[train].sum() < 2 or held < 2 or not counts[test].any():
         fail(1, f"{args.root}: pixels that count are in {counts[train].sum()} training tiles (2 "
                 f"needed), of {held} classes (2), and in {counts[test].sum()} test tiles (1); see "
@@ -773,7 +773,7 @@ def draw_maps(path: Path, tiles: list[tuple], classes: list[str]) -> None:
         axis.set_title(title)
     patches = [Patch(facecolor=colours(i), label=name) for i, name in enumerate(classes)]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
-    write_atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
     print(f"wrote {path}", flush=True)
 
 
