@@ -560,21 +560,12 @@ def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
 
 
 def leave_out(listed: list[tuple[str, str]], root: Path, path: str) -> list[tuple[str, str]]:
-    """The pairs but those that the text file `path` names, a tile's file name or path a line."""
+    """The pairs but those of which the text file `path` names a tile: its name, or path in root."""
     try:
         lines = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()} - {""}
     except UnicodeDecodeError:
         fail(1, f"--exclude {path} is not UTF-8 text: save it as that")
-    by_name: dict[str, list[str]] = {}  # 1.tif: the lines that end in it, as s2/1.tif
-    for line in lines:
-        by_name.setdefault(line.rpartition("/")[2], []).append(line)
-    met = [  # of each pair, the lines that name one of its tiles
-        {
-            line for file in pair for line in by_name.get(file.rpartition("/")[2], [])
-            if f"/{root / file}".endswith(f"/{line}")
-        }
-        for pair in listed
-    ]  # fmt: skip
+    met = [{*pair, *map(os.path.basename, pair)} & lines for pair in listed]
     kept = [pair for pair, named in zip(listed, met, strict=True) if not named]
     if len(kept) == len(listed):
         fail(2, f"--exclude {path} names no tile of {root}: one file name a line")

@@ -846,7 +846,7 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
         assert file.metadata()["exclude"] == "2 pairs of test_list.txt"
     lists = {  # as written by other programs: how many of the 12 pairs are left, what is warned of
         "\ufeff" + tiles[0].name: (11, ""),
-        f"{tiles[0].parent.name}/{tiles[0].name}\n{tiles[5]}\n": (10, ""),
+        f"{tiles[0].relative_to(archive)}\n{tiles[5].name}\n": (10, ""),
         f"elsewhere/{tiles[0].name}\n{tiles[5].name}\n": (11, f"'elsewhere/{tiles[0].name}'"),
     }
     for text, (left, warned) in lists.items():
