@@ -49,8 +49,8 @@ TABLE = ("channels", "train_images")
 # In config: what changes with the seed, or says nothing of how the weights were used
 NOT_SETTINGS = set(
     "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated"
-    " encoder unseen_bands device bf16 precision losses cached file root seconds"
-    " train_images".split()
+    " encoder unseen_bands device precision losses cached file root seconds train_images"
+    " validation".split()
 )
 # flags of pretrain.py that say where, how fast and until when, not how
 IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
@@ -64,6 +64,7 @@ OTHERS = [  # weights that are not ours, in the tables' order
     "MS-COCO DeepLabV3", "BYOL ImageNet", "SeCo",
 ]  # fmt: skip
 DRAWN = ("random", "scratch")  # new weights for each seed
+OTHER_HEADS = ("linear", "knn")  # than the paper's
 
 # ---------------------------------------------------------------------------- the paper
 
@@ -144,7 +145,8 @@ def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
         return ()
     script, *flags = about["command"].split(" --")
     flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
-    kept = [f"--{flag}" for flag in flags if flag.split(" ")[0] not in IDLE_FLAGS]
+    idle = IDLE_FLAGS + ["root", "pairs", "exclude"] * bool(about.get("archive"))
+    kept = [f"--{flag}" for flag in flags if flag.split(" ")[0] not in idle]
     kept += [f"{key} {about[key][:8]}" for key in ("code", "archive") if about.get(key)]
     return (Path(script).name, *kept)
 
@@ -191,8 +193,9 @@ class Result:
         self.ours = self.name.removesuffix(" fine-tuned") not in OTHERS
         source = Path(clean(weights.get("source")))  # in short: "run", "run/encoder-epoch0070"
         parts = (source.parent.name, source.stem)
-        self.place = "/".join(part for part in parts if part not in ("", "encoder"))
         self.file = "" if self.name in DRAWN else clean(weights.get("sha256"))
+        self.place = "/".join(part for part in parts if part not in ("", "encoder"))
+        self.place = self.place or self.file[:8]
         self.finetuned = config.get("finetune") is True
         self.recipe = recipe_of(about)
         self.pretraining = clean(about.get("seed"))
@@ -200,7 +203,7 @@ class Result:
         self.synthetic_tiles = about.get("synthetic") == "true"  # it was pre-trained on these
         self.label = ""  # of its row in a table; see label_rows
         self.usage: tuple[str, ...] = ()  # the part of it that says how the weights were used
-        self.judged = True  # False: an earlier epoch of a pre-training; see judge_last
+        self.judged = True  # False: another epoch of its pre-training is; see judge_encoders
 
     def setting(self, key: str) -> str:
         """One of config in a word; "" where it does not apply."""
@@ -279,37 +282,46 @@ def named(name: str, details: list[str]) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
-def judge_last(results: list[Result], faults: list[str]) -> None:
-    """Only the latest encoder of each pre-training is compared with others; see `judged`."""
-    for (recipe, *_), found in groups(results, "recipe", "pretraining", "usage").items():
-        last = max(found, key=lambda r: (r.epoch, -len(r.place)))  # encoder, not its copy
-        for r in found:
-            r.judged = not recipe or r.file == last.file
-        folder = last.place.partition("/")[0]  # it may hold the same encoder twice
-        rivals = {r.place for r in found if r.epoch == last.epoch and not r.judged}
-        for place in sorted(p for p in rivals if p.partition("/")[0] != folder):
-            faults.append(f"{place}: the same command, seed and epoch as {last.place}, which alone "
-                          "is tested")  # fmt: skip
+def judge_encoders(results: list[Result], faults: list[str]) -> dict[tuple, list[Result]]:
+    """Set `judged` of a table's results: one encoder of each pre-training is compared with others.
 
-
-def find_recipes(results: list[Result]) -> dict[str, list[str]]:
-    """Recipes that were pre-trained three times or more: label -> the labels of the encoders.
-
-    One recipe: the same flags but the seed's, as many epochs, and probed in the same way.
+    A recipe is the same flags but the seed's, probed in the same way. Its epoch is the latest that
+    three pre-trainings have here, and it is returned: details -> a result of each of them. Of other
+    encoders the latest of each pre-training is judged.
     """
-    several = {}
-    judged = [r for r in results if r.recipe and r.judged]
-    for (flags, epoch, _), found in groups(judged, "recipe", "epoch", "usage").items():
-        first = {r.pretraining: r for r in reversed(found)}  # of copies of one pre-training one
-        if len(first) >= 3:
-            several[(*flags, f"epoch {epoch:g}", *found[0].usage)] = list(first.values())
-    common = set.intersection(*map(set, several)) if several else set()
     recipes = {}
-    for details, members in several.items():
-        own = [detail for detail in details if detail not in common]
-        label = named(members[0].name, [f"{len(members)} pre-trainings", *own])
-        recipes[label] = sorted(r.label for r in members)
+    for (flags, _, usage), found in groups(results, "recipe", "name", "usage").items():
+        if not flags:
+            continue
+        several = [epoch for (epoch,), its in groups(found, "epoch").items()
+                   if len({r.pretraining for r in its}) >= 3]  # fmt: skip
+        chosen = []
+        for its in groups(found, "pretraining").values():
+            best = max(several or [r.epoch for r in its])
+            if rivals := [r for r in its if r.epoch == best]:
+                last = min(rivals, key=lambda r: len(r.place))  # encoder, not its copy
+                chosen.append(last)
+                folder = last.place.partition("/")[0]  # it may hold the same encoder twice
+                others = {r.place for r in rivals if r.file != last.file}
+                for place in sorted(p for p in others if p.partition("/")[0] != folder):
+                    faults.append(f"{place}: the same command, seed and epoch as {last.place}, "
+                                  "which alone is tested")  # fmt: skip
+        for r in found:
+            r.judged = r.file in {last.file for last in chosen}
+        if several:
+            finetuned = ("fine-tuned",) * chosen[0].finetuned
+            recipes[(*flags, f"epoch {max(several):g}", *usage, *finetuned)] = chosen
     return recipes
+
+
+def name_recipes(recipes: dict[tuple, list[Result]], common: set[str]) -> dict[str, list[str]]:
+    """Label -> the labels of the encoders; `common`: the details that need no saying."""
+    named_so = {}
+    for details, members in recipes.items():
+        own = [detail for detail in details if detail not in common | {"fine-tuned"}]
+        label = named(members[0].name, [f"{len(members)} pre-trainings", *own])
+        named_so[label] = sorted(r.label for r in members)
+    return named_so
 
 
 # ---------------------------------------------------------------------------- tests
@@ -325,7 +337,7 @@ class Test:
     a: str
     b: str
     method: str = ""
-    bands: int = 0  # in common
+    bands: str = ""  # that both have
     n: str = ""
     difference: float = math.nan
     error: float = math.nan  # standard error of the difference
@@ -384,10 +396,10 @@ def paired_test(test: Test, a: np.ndarray, b: np.ndarray, overlap: float = 0.0) 
 
 
 def welch_test(test: Test, a: np.ndarray, b: np.ndarray) -> Test:
-    """Welch's t-test of a - b, at least two values each."""
+    """Welch's t-test of a - b, at least three values each: with two it errs too often."""
     test.n, test.effect, test.difference = f"{len(a)} and {len(b)}", "d", float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
-        test.note = "fewer than two values"
+    if min(len(a), len(b)) < 3:
+        test.note = "fewer than three values"
         return test
     one, two = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     with np.errstate(invalid="ignore"):  # 0 / 0 where neither varies: not tested
@@ -417,14 +429,17 @@ def correct(tests: list[Test]) -> None:
 Values = dict[tuple[str, str], dict[int, float]]  # (row, bands) -> seed -> one metric
 
 
-def matched(values: Values, rows: list[str], bands: list[str]) -> np.ndarray:
-    """float [rows, bands, seeds]: of `bands` those that all rows have, and the seeds that they all
-    have in each of these. [rows, 0, 0] where there are none."""
-    both = [band for band in bands if all((row, band) in values for row in rows)]
-    found = [set(values[row, band]) for row in rows for band in both]
-    if not found or not (seeds := sorted(set.intersection(*found))):
-        return np.empty((len(rows), 0, 0))
-    return np.array([[[values[row, band][s] for s in seeds] for band in both] for row in rows])
+def matched(values: Values, rows: list[str], bands: list[str]) -> tuple[list[str], np.ndarray]:
+    """Those of `bands` that all rows have for most seeds, and float [rows, bands, seeds]."""
+    seeds = {
+        band: set.intersection(*(set(values.get((row, band), ())) for row in rows))
+        for band in bands
+    }
+    most = max(map(len, seeds.values()), default=0)  # of one that is still being probed: fewer
+    both = [band for band in bands if most and len(seeds[band]) == most]
+    common = sorted(set.intersection(*(seeds[band] for band in both))) if both else []
+    x = [[[values[row, band][seed] for seed in common] for band in both] for row in rows]
+    return both, np.array(x, float).reshape(len(rows), len(both), len(common))
 
 
 def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[str],
@@ -435,8 +450,8 @@ def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[
     weights drawn anew for each seed, by Welch; against a row that is one thing, such as `stats`, by
     the differences of its pre-trainings from it.
     """
-    x = matched(values, a + b, bands)
-    test.bands = x.shape[1]
+    both, x = matched(values, a + b, bands)
+    test.bands = " ".join(both)
     if not x.size:
         test.note = "no band and seed in common"
         return test
@@ -461,7 +476,8 @@ def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[
 class Table:
     """Rows of one section with as many channels: their cells, their tests, how they are shown."""
 
-    def __init__(self, number: int, title: str, results: list[Result]) -> None:
+    def __init__(self, number: int, title: str, results: list[Result],
+                 recipes: dict[str, list[str]]) -> None:  # fmt: skip
         self.number, self.title, self.results = number, title, results
         self.stage, self.channels = results[0].stage, results[0].channels
         paper = PAPER_TABLES.get((self.stage, self.channels))
@@ -469,7 +485,7 @@ class Table:
         self.caption = f"Table {number}{like}. {title}"
         self.metric = next(iter(SHOWN[self.stage].values()))  # the one of verdicts and figures
         self.form = ".1f" if self.stage == "segment" else ".3f"
-        self.recipes = find_recipes(results)  # row: the rows of its pre-trainings
+        self.recipes = recipes  # row: the rows of its pre-trainings
         names = {r.label: r.name for r in results}
         names |= {row: names[members[0]] for row, members in self.recipes.items()}
         order = [*OTHERS, *sorted(names.values())]
@@ -490,7 +506,8 @@ class Table:
                 self.cells.append(SimpleNamespace(  # a column of tables.csv each
                     weights=row, bands=column, metric=shown, n=n,
                     over="pre-trainings" if row in self.recipes else "seeds", mean=mean,
-                    half_width_95=half, paper=paper_value(self.first(row), metric, column),
+                    half_width_95=half, paper=paper_value(self.first(row), metric, column)
+                    if column != "mean" or self.bands == BANDS else "",
                 ))  # fmt: skip
             self.tests += make_tests(self, shown)
 
@@ -508,8 +525,8 @@ class Table:
     def mean(self, row: str, metric: str, bands: list[str]) -> tuple[int, float, float]:
         """Number, mean and half width of a row's means over `bands`: one for each seed, or for each
         pre-training of a recipe. None where the row lacks one of the bands."""
-        x = matched(self.values[metric], self.recipes.get(row, [row]), bands)
-        if x.shape[1] < len(bands):
+        held, x = matched(self.values[metric], self.recipes.get(row, [row]), bands)
+        if len(held) < len(bands):
             return 0, math.nan, math.nan
         if row in self.recipes:
             return len(x), *summarise(x.mean((1, 2)))
@@ -519,14 +536,16 @@ class Table:
 def paper_value(r: Result, metric: str, column: str) -> str:
     """The paper's figure for one cell, as printed there; "" where it has none.
 
-    Only for the paper's data: DFC2020 with 8 classes, EuroSAT whole or 7000, SEN12MS 5000.
+    Only for the paper's data and head: DFC2020 with 8 classes and 900 tiles to learn from, EuroSAT
+    whole or 7000, SEN12MS 5000.
     """
-    if r.synthetic or r.finetuned or r.train_images or r.synthetic_tiles:
+    finetuned = r.finetuned and r.name != "scratch"
+    if r.synthetic or finetuned or r.train_images or r.synthetic_tiles or r.head in OTHER_HEADS:
         return ""
     place = (r.dataset, r.subset, column)
     if r.stage == "probe" and r.name in PAPER_II and place in PAPER_II_COLUMNS:
         return PAPER_II[r.name].split()[PAPER_II_COLUMNS.index(place)]
-    if r.stage == "segment" and r.dataset == "dfc2020" and len(r.classes) == 8:
+    if (r.dataset, r.subset, len(r.classes)) == ("dfc2020", "subset 900", 8):
         for paper, columns in ((PAPER_I, [*BANDS, "mean"]), (PAPER_III, [*TRIPLES.values()])):
             if (r.name, metric) in paper and column in columns:
                 return paper[r.name, metric].split()[columns.index(column)]
@@ -554,13 +573,15 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
     number = itertools.count(1)
     for title, section in sorted(titled, key=lambda t: (t[1][0].stage, t[1][0].dataset, t[0])):
         label_rows(section)
-        kept = without_copies(section, faults)
-        judge_last(kept, faults)
+        by_table = groups(without_copies(section, faults), *TABLE)
+        recipes = {key: judge_encoders(its, faults) for key, its in by_table.items()}
+        details = [set(detail) for its in recipes.values() for detail in its]
+        common = set.intersection(*details) if details else set()
         sections.append([])
-        by_table = groups(kept, *TABLE)
-        for channels, labels in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):
-            about = f"{title}; {labels} labelled images to learn from" if labels else title
-            sections[-1].append(Table(next(number), about, by_table[channels, labels]))
+        for key in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):
+            about = f"{title}; {key[1]} labelled images to learn from" if key[1] else title
+            rows = name_recipes(recipes[key], common)
+            sections[-1].append(Table(next(number), about, by_table[key], rows))
     return sections
 
 
@@ -595,8 +616,10 @@ def fixed(value: float, form: str) -> str:
 
 
 def clause(test: Test, form: str) -> str:
-    """What a test says of its a, without its name: "beats random by 0.05 F1 (...)"."""
-    gap = f"{test.difference:+{form}} {test.metric}"
+    """What a test says of its a, without its name: "beats random by 0.05 F1 on Red (...)"."""
+    bands = test.bands.split()
+    where = ", ".join(bands) if len(bands) < 4 else f"{len(bands)} bands"
+    gap = f"{test.difference:+{form}} {test.metric}" + f" on {where}" * bool(bands)
     if math.isnan(test.p):
         return f"is not tested against {test.b} ({gap}; {test.note})"
     p = f"= {test.p_holm:.4f}" if test.p_holm >= 0.0001 else "< 0.0001"
@@ -609,16 +632,18 @@ def clause(test: Test, form: str) -> str:
 def judge(table: Table, row: str) -> list[Test]:
     """The tests that speak of one row: against random weights, and against the floor.
 
-    Over seeds where that is tested, else over bands. Of random weights used in several ways (--bn)
-    those of the same architecture count, and of these the best on most bands in common.
+    Over seeds or pre-trainings: one random encoder on many bands says nothing of others. Of random
+    weights used in several ways (--bn) those of the same architecture count, and of these the best
+    on most bands in common.
     """
     arch, found = table.first(row).config.get("arch"), []
     for floor in ("scratch" if table.first(row).finetuned else "random", "stats"):
-        tests = [t for t in table.tests if (t.a, t.metric) == (row, table.metric)
-                 and table.first(t.b).name == floor]  # fmt: skip
+        tests = [t for t in table.tests
+                 if (t.a, t.metric) == (row, table.metric) and t.kind != "over bands"
+                 and table.first(t.b).name == floor
+                 and table.first(t.b).config.get("arch") in (arch, None)]  # fmt: skip
         found += sorted(tests, key=lambda t: (
-            table.first(t.b).config.get("arch") != arch, -t.bands, math.isnan(t.p),
-            t.kind == "over bands", t.difference,
+            -len(t.bands.split()), math.isnan(t.p), t.difference,
         ))[:1]  # fmt: skip
     return found
 
@@ -633,13 +658,13 @@ def verdict(tables: list[Table]) -> str:
     rows = [(t, row) for t in main_of(tables) for row in t.shown() if t.first(row).ours]
     rows.sort(key=lambda entry: entry[1] not in entry[0].recipes)
     if not rows:
-        return "No pre-trained encoder, so no verdict."
+        return "No encoder of pretrain.py, so no verdict."
     clauses, methods = [], []
     for table, row in rows[:3]:
         tests = judge(table, row)
         who = row if row in table.recipes else f"This encoder, {row},"
         said = " and ".join(clause(test, table.form) for test in tests)
-        clauses.append(f"{who} {said or 'stands beside no random encoder'}.")
+        clauses.append(f"{who} {said or 'stands beside no random encoder of its kind'}.")
         methods += [f"{t.method}, n = {t.n}" for t in tests if t.p == t.p]
     text = " ".join(clauses) + f" {len(rows) - 3} more in the tests below." * (len(rows) > 3)
     if methods := "; ".join(dict.fromkeys(methods)):
@@ -653,7 +678,7 @@ def notes(table: Table) -> str:
     unit = "mIoU and AA in %" if table.stage == "segment" else "Macro F1"
     counts = sorted({c.n for c in table.cells if c.n and c.over == "seeds"})
     seeds = f"{' to '.join(map(str, counts))} seed{'s' * (counts != [1])}"
-    split = "with a fixed split: seeds redraw only the head and random weights"
+    split = "on a fixed test set: seeds redraw the head, random weights and what is learnt from"
     if any(r.overlap for r in table.results):
         split = "widened by Nadeau and Bengio's correction for random splits that overlap"
     return (f"{unit}, mean ± 95 % t-interval over {seeds} (of a recipe: over its pre-trainings), "
@@ -763,7 +788,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 def short(text: str) -> str:
     """A name that fits a figure; matplotlib leaves out of legends what begins with "_"."""
     text = f" {text}" if text[:1] in ("_", "") else text
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return text if len(text) <= 60 else f"{text[:35]}…{text[-24:]}"
 
 
 def legend_below(figure, labelled: dict[str, Any]) -> None:
@@ -814,18 +839,25 @@ Points = list[tuple[float, str, Table]]  # x, and whose value stands there: a ro
 
 
 def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
-    """The metric against x over the bands that all points have: random weights grey, in their
-    interval, the floor dashed. None where no band is common, or no line has two points."""
-    points = list(itertools.chain(*lines.values()))
-    table = points[0][2]
-    bands = [band for band in table.bands
-             if all(t.mean(row, t.metric, [band])[0] for _, row, t in points)]  # fmt: skip
-    if not bands or max(map(len, lines.values())) < 2:
+    """The metric against x over the bands that most lines have: random weights grey, in their
+    interval, the floor dashed. None where no line has two points."""
+    lines = {line: points for line, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    table = next(iter(lines.values()))[0][2]
+    held = {line: {band for band in table.bands
+                   if all(t.mean(row, t.metric, [band])[0] for _, row, t in points)}
+            for line, points in lines.items()}  # fmt: skip
+    times = {band: sum(band in its for its in held.values()) for band in table.bands}
+    bands = [band for band in table.bands if times[band] == max(times.values()) > 0]
+    if not bands:
         return None
     figure, (axis,) = new_figure(9, 3.4)
     legend: dict[str, Any] = {}
     means: list[float] = []
     for index, (line, points) in enumerate(lines.items()):
+        if not held[line].issuperset(bands):
+            continue
         values = sorted((x, *t.mean(row, t.metric, bands)[1:]) for x, row, t in points)
         x, y, half = np.nan_to_num(values).T
         name = points[0][2].first(points[0][1]).name
@@ -844,7 +876,8 @@ def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
 def draw_steps(table: Table):
     """F1 against the length of pre-training: a thin line for each that was probed at several."""
     encoders = [table.first(row) for row in table.rows if row not in table.recipes]
-    runs = groups([r for r in encoders if r.recipe], "recipe", "pretraining", "usage").values()
+    trained = [r for r in encoders if r.recipe]
+    runs = groups(trained, "recipe", "pretraining", "name", "usage").values()
     several = [[(r.epoch, r.label, table) for r in run] for run in runs if len(run) > 1]
     lines = {max(points)[1]: points for points in several}
     if not lines:
@@ -942,7 +975,7 @@ def draw_runs(runs: list[Run]):
     """What pre-training logged, by step."""
     shown = [key for key in LOGGED if any(np.isfinite(run.log[key]).any() for run in runs)]
     rows = math.ceil(len(shown) / 2)
-    figure, axes = new_figure(9, 2.1 * rows + 0.6, rows, columns=2)
+    figure, axes = new_figure(9, 2.1 * rows + 0.6 + 0.09 * len(runs), rows, columns=2)
     legend: dict[str, Any] = {}
     for axis, key in zip(axes, shown, strict=False):
         for index, run in enumerate(runs):

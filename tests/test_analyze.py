@@ -143,7 +143,7 @@ def tree(tmp_path_factory) -> Path:
                    subset=5000, epoch=str(epoch))  # fmt: skip
     fill(root / "results/c", "probe", {"random": 0.5, "stats": 0.6}, MS[:3], 2, dataset="sen12ms",
          subset=5000)  # fmt: skip
-    maps = fill(root / "results/d", "segment", VARIANTS, analyze.BANDS, 3)
+    maps = fill(root / "results/d", "segment", VARIANTS, analyze.BANDS, 3, subset=900)
     demo = {"dataset": "sen12ms", "subset": None, "synthetic": True}
     fill(root / "results/demo", "probe", {"random": 0.5, OURS: 0.49}, ["Red", "SAR1"], 3, **demo)
     rng = np.random.default_rng(0)
@@ -280,7 +280,18 @@ def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path):
     for kind in ("over bands", "over seeds"):
         (test,) = found_tests(table, kind)
         assert test.difference == pytest.approx(0.0003)
-    assert "does not differ significantly from random: +0.000 F1" in analyze.verdict([table])
+    said = "is not tested against random (+0.000 F1 on 4 bands; fewer than three seeds in common)"
+    assert said in analyze.verdict([table])  # one draw of random weights says nothing of others
+
+
+def test_a_band_that_is_still_being_probed_costs_no_seed_of_the_others(tmp_path):
+    for name, band, seed in itertools.product(("random", OURS), MS[:4], range(5)):
+        if band != MS[3] or seed == 0:
+            score = (0.6 if name == OURS else 0.5) + 0.01 * math.sin(9 * seed + len(name))
+            write(tmp_path, result(name=name, bands=[band], seed=seed, score=score))
+    (table,), _ = tables_of(tmp_path)
+    (test,) = found_tests(table, "over seeds")
+    assert test.n == "5" and test.bands == " ".join(MS[:3])
 
 
 @pytest.mark.parametrize(("split", "overlap"), [("random", 0.25), ("official", 0)])
@@ -302,7 +313,7 @@ def test_tests_over_seeds_pair_the_seeds_and_widen_for_overlapping_splits(tmp_pa
     assert cell.half_width_95 == pytest.approx(plain * (1.5 if overlap else 1))
     said = analyze.notes(table)
     assert ("Nadeau and Bengio" in said) == bool(overlap)
-    assert ("seeds redraw only the head" in said) == (not overlap)
+    assert ("seeds redraw the head" in said) == (not overlap)
     assert ("Nadeau and Bengio" in analyze.verdict([table])) == bool(overlap)
 
 
@@ -319,7 +330,7 @@ def blank(kind="over seeds") -> analyze.Test:
 
 def test_welch_equals_scipy():
     rng = np.random.default_rng(1)
-    for n, m in ((2, 3), (5, 5), (3, 9)):
+    for n, m in ((4, 3), (5, 5), (3, 9)):
         a, b = rng.normal(0.8, 0.02, n), rng.normal(0.75, 0.05, m)
         test, t = analyze.welch_test(blank(), a, b), stats.ttest_ind(a, b, equal_var=False)
         low, high = t.confidence_interval()
@@ -339,9 +350,9 @@ def test_too_few_values_or_no_spread_are_not_tested_and_said_so():
     assert two.note == "fewer than three bands in common"
     same = analyze.paired_test(blank(), np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.5, 0.6]))
     assert math.isnan(same.p) and same.note == "no spread"
-    for b in ([0.4, 0.4], [0.4, 0.4 + 1e-16]):  # rounding is no spread either
-        assert "no spread" in analyze.welch_test(blank(), np.array([0.5, 0.5]), np.array(b)).note
-    assert "fewer than two" in analyze.welch_test(blank(), np.ones(1), np.ones(3)).note
+    for b in ([0.4, 0.4, 0.4], [0.4, 0.4, 0.4 + 1e-16]):  # rounding is no spread either
+        assert "no spread" in analyze.welch_test(blank(), np.full(3, 0.5), np.array(b)).note
+    assert "fewer than three" in analyze.welch_test(blank(), np.ones(2), np.arange(3.0)).note
 
 
 def corrected(p_values: list[float], df=9) -> list[analyze.Test]:
@@ -473,6 +484,69 @@ def test_encoders_of_another_script_or_list_of_pairs_are_another_recipe(tmp_path
     assert not faults
 
 
+def test_fine_tuned_and_frozen_encoders_are_recipes_of_their_own(tmp_path):
+    for seed in range(3):
+        pretrained(tmp_path, f"p{seed}", 0.6 + 0.02 * seed, seed, range(3))
+        for path in tmp_path.glob(f"p{seed}-*.json"):
+            made = json.loads(path.read_text())
+            made["weights"]["name"] += " fine-tuned"
+            made["metrics"]["f1_macro"] += 0.3
+            made["config"] |= {"finetune": True}
+            if seed < 2:
+                write(tmp_path / "tuned", made, path.stem)
+    (table,), _ = tables_of(tmp_path)
+    assert [len(rows) for rows in table.recipes.values()] == [3]  # two fine-tuned ones make none
+    assert {row for row in table.rows if "fine-tuned" in row} <= {*table.shown()}
+    write(tmp_path / "tuned", made, path.stem)
+    (table,), _ = tables_of(tmp_path)
+    assert sorted(table.recipes) == [f"{OURS} (3 pre-trainings)",
+                                     f"{OURS} fine-tuned (3 pre-trainings)"]  # fmt: skip
+
+
+def test_a_recipe_is_judged_at_the_latest_epoch_that_three_pre_trainings_have(tmp_path):
+    for seed in range(3):
+        pretrained(tmp_path, f"p{seed}/encoder-epoch0030", 0.6 + 0.02 * seed, seed, range(3))
+    pretrained(tmp_path, "p0/encoder-epoch0070", 0.7, 0, range(3), epoch="70")
+    pretrained(tmp_path, "p0/encoder-epoch0010", 0.5, 0, range(3), epoch="10", train_images=20)
+    table, few = tables_of(tmp_path)[0]
+    assert table.shown() == [f"{OURS} (3 pre-trainings)"]
+    assert table.first(table.shown()[0]).epoch == 30
+    assert len(few.shown()) == 1  # judged, as no later encoder was probed with so few labels
+
+
+def test_a_recipe_has_one_name_at_every_number_of_labels(tmp_path):
+    for seed, command, labels in itertools.product(range(3), ("--lr 1", "--lr 2"), (None, 20)):
+        if labels is None or command == "--lr 1":
+            pretrained(
+                tmp_path / str(labels),
+                f"{command[-1]}{seed}",
+                0.6 + 0.02 * seed,
+                seed,
+                command=command,
+                train_images=labels,
+                validation="its list" if labels else "a fifth of the training split",
+            )
+    all_labels, few = tables_of(tmp_path)[0]
+    assert sorted(all_labels.recipes) == [f"{OURS} (3 pre-trainings, --lr {n})" for n in (1, 2)]
+    assert list(few.recipes) == [f"{OURS} (3 pre-trainings, --lr 1)"]
+
+
+def test_results_of_two_precisions_are_two_rows_not_one_for_each_file(tmp_path):
+    for seed, bf16 in itertools.product(range(3), (False, True)):
+        made = result(name="random", seed=seed, score=0.5 + 0.01 * seed, bf16=bf16)
+        write(tmp_path / str(bf16), made | {"config": made["config"] | {"identity": f"{bf16}"}})
+    (table,), _ = tables_of(tmp_path)
+    assert table.rows == ["random (bf16 false)", "random (bf16 true)"]
+
+
+def test_the_same_archive_under_another_path_is_the_same_recipe(tmp_path):
+    for seed, root in enumerate(("data/sen12ms", "/home/me/data/sen12ms", "data/sen12ms/")):
+        pretrained(tmp_path, f"p{seed}", 0.6 + 0.02 * seed, seed, made_by={"archive": "a" * 12},
+                   command=f"--mode single --root {root}")  # fmt: skip
+    (table,), _ = tables_of(tmp_path)
+    assert list(table.recipes) == [f"{OURS} (3 pre-trainings)"]
+
+
 def test_what_is_no_better_than_random_seldom_seems_so():
     """Nominal: 5 %. Bands of one encoder go together, splits are shared, pre-trainings differ."""
     rng, wrong, columns = np.random.default_rng(3), np.zeros(2), MS[:3]
@@ -542,7 +616,7 @@ def test_without_random_weights_there_is_no_verdict(tmp_path):
     write(tmp_path, result())
     assert "stands beside no random encoder" in verdict_of(tmp_path)
     write(tmp_path / "random", result(name="random"))
-    assert "No pre-trained encoder" in verdict_of(tmp_path / "random")
+    assert "No encoder of pretrain.py" in verdict_of(tmp_path / "random")
 
 
 def test_the_papers_own_means_say_that_no_figure_is_mistyped():
@@ -657,22 +731,25 @@ def test_the_papers_figures_stand_only_beside_the_papers_data(tmp_path):
         r = analyze.Result(write(tmp_path, result(stage, name, bands, **changes)))
         return analyze.paper_value(r, metric, r.bands)
 
-    assert paper("segment", "RS-BYOL-1 w/64BS", ["Green"], "miou") == "59.6"
-    assert paper("segment", OURS, ["SAR2"], "aa") == "70.5"
-    assert paper("segment", "SeCo", SAR, "aa") == "60.9"
+    tiles = {"subset": 900}
+    assert paper("segment", "RS-BYOL-1 w/64BS", ["Green"], "miou", **tiles) == "59.6"
+    assert paper("segment", OURS, ["SAR2"], "aa", **tiles) == "70.5"
+    assert paper("segment", "SeCo", SAR, "aa", **tiles) == "60.9"
+    assert paper("segment", "SeCo", SAR, "aa", subset=50) == ""
     assert paper("probe", "SeCo", RGB, "f1_macro") == "0.90"
     assert paper("probe", "SeCo", RGB, "f1_macro", subset=None) == "0.92"
     assert paper("probe", "Random init", RGB, "f1_macro", subset=None) == "0.50"
+    assert paper("probe", "Scratch supervised", RGB, "f1_macro", finetune=True) == "0.80"
     s12 = {"dataset": "sen12ms", "subset": 5000}
     assert paper("probe", "RS-BYOL-3 S1S2", SAR, "f1_macro", **s12) == "0.83"
     assert paper("probe", "random", RGB, "f1_macro", dataset="resisc45", subset=None) == "0.36"
     for changes in ({"subset": 500}, {"dataset": "eurosat-rgb"}, {"synthetic": True},
                     {"encoder": {"synthetic": "true"}},
-                    {"train_images": 10}, {"finetune": True}):  # fmt: skip
+                    {"train_images": 10}, {"finetune": True}, {"head": "knn"}):  # fmt: skip
         assert paper("probe", "SeCo", RGB, "f1_macro", **changes) == ""
     assert paper("probe", "SeCo", ["Red"], "f1_macro") == ""
-    assert paper("segment", OURS, ["Green"], "miou", classes=["c"] * 10) == ""
-    assert paper("segment", OURS, ["Green"], "miou", dataset="csv") == ""
+    assert paper("segment", OURS, ["Green"], "miou", classes=["c"] * 10, **tiles) == ""
+    assert paper("segment", OURS, ["Green"], "miou", dataset="csv", **tiles) == ""
 
 
 def test_every_format_has_the_figures_and_a_dash_where_a_run_is_missing(report):
@@ -1008,6 +1085,14 @@ def test_f1_is_drawn_against_the_number_of_labels(tree, tmp_path):
     assert len(curves) == 5
     assert all(list(c.get_xdata()) == [20, 40, 80] for c in curves)
     assert analyze.draw_labels(tables[:1]) is None
+
+
+def test_a_further_row_on_other_bands_takes_no_figure_away(tmp_path):
+    for labels, name in itertools.product((None, 20), ("random", OURS)):
+        write(tmp_path / str(labels), result(name=name, train_images=labels))
+    write(tmp_path, result(name="SeCo", bands=["SWIR1"]))
+    figure = analyze.draw_labels(tables_of(tmp_path)[0])
+    assert [text.get_text() for text in figure.legends[0].texts] == ["random", OURS]
 
 
 def test_curves_have_cosine_match_and_rank(tree):
