@@ -18,10 +18,10 @@ student's encoder is kept: encoder.safetensors, torchvision's names.
     python pretrain.py --mode three --pairs FILE.csv --s2-bands B02,B03,B04,B08 --s1-bands VV,VH
 
 In this file: settings, the method, augmentation, what a sample is, the archive, the run's files,
-the loop. To change the encoder, the augmentation or the data, change make_encoder, augment or
-list_pairs. A run's folder: config.json, log.jsonl, checkpoint.pt, encoder.safetensors, one more
-encoder at each restart cycle's end, views.png, bad_tiles.txt. Exit status: 0 done, 1 bad data or
-diverged, 2 wrong use; 129, 130 or 143 saved and stopped by SIGHUP, Ctrl-C or SIGTERM.
+what is learnt, the loop. To change the encoder, the augmentation or the data, change make_encoder,
+augment or list_pairs. A run's folder: config.json, log.jsonl, checkpoint.pt, encoder.safetensors,
+one more encoder at each restart cycle's end, views.png, bad_tiles.txt. Exit status: 0 done, 1 bad
+data or diverged, 2 wrong use; 129, 130 or 143 saved and stopped by SIGHUP, Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -153,7 +153,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-pairs", type=whole, default=90000, help="seeded subset (paper: 90000, 150000)")
     add("--exclude", metavar="LIST", help="text file, a tile's name a line: places to leave out")
     add("--mode", choices=CHANNELS, help="channels of the views, as above (needed)")
-    add("--views", choices=("ms-sar", "ms-ms"), default="ms-sar", help="ms-ms: no SAR")
+    add("--views", choices=("ms-sar", "ms-ms"), default="ms-sar",
+        help="ms-ms: no SAR, and no band twice")
     add("--bad-tiles", choices=("stop", "skip"), default="stop",
         help="skip: another good pair of the batch instead, up to 1 %% of the pairs")
 
@@ -235,8 +236,11 @@ def read_settings() -> tuple[Namespace, dict | None]:
             config = json.loads(file.read_text())
             saved, bands = unset | config["settings"], config["bands"]
             now = parse(shlex.split(config["command"])[1:] + typed)
-            np.array([bands["mean"], bands["std"]], float), config["pairs"]["sha256"]
-            DTYPES[config["precision"]]
+            mean, std = np.array([bands["mean"], bands["std"]], float)
+            sound = np.isfinite(mean).all() and (std > 0).all() and len(mean) == len(bands["names"])
+            sound &= {"sha256", "used"} <= config["pairs"].keys() and config["precision"] in DTYPES
+            if not sound or "torch" not in config["versions"]:
+                raise ValueError("bands, pairs, precision or versions")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
         now.out, now.max_steps, args = args.out, args.max_steps, now
@@ -594,20 +598,21 @@ def open_archive(args: Namespace) -> Archive:
     if len(chosen) < args.batch_size:
         advice = f"--batch-size {len(chosen)} or less" if len(chosen) > 1 else "2 pairs or more"
         fail(2, f"{len(chosen)} pairs fill no batch: use {advice}")
-    pool = spare if len(spare) >= min(256, len(chosen)) else chosen  # not trained on, if there are
+    pool = spare if len(spare) > 1 else chosen  # not trained on, if there are
     watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
     names = [listed[i][0] for i in chosen]
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    " ".join([str(root), *sys.argv]).encode()  # as metadata must: else UnicodeEncodeError, now
+    "".join([str(root), *sys.argv, *map("".join, listed)]).encode()  # or UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
-    for path in files[:, 0]:
+    for path in files[:, :128].ravel():
         with suppress(bandcrop.TileError):  # what is bad is found where it is read
             tile = bandcrop.info(path)
             if max(tile.height, tile.width) > 2048:
                 size = f"{tile.height} x {tile.width}"
                 warn(f"{path} is {size}: crops of a whole scene are shrunk: cut tiles first: "
                      "gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
+                break
     about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
@@ -631,7 +636,8 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
             fail(1, f"band {name}/{BANDS[name]} is empty or constant in {len(chosen)} tiles")
         if name in SAR and 0 < m < 10:
             warn(f"{name}'s mean is {m:.3g}: linear power? Decibels are expected: "
-                 "gdal_calc.py -A FILE --calc='10*log10(A)' --outfile=DB.tif")  # fmt: skip
+                 "gdal_calc.py -A FILE --allBands=A --calc='10*log10(A)' --outfile=DB.tif"
+                 )  # fmt: skip
     return mean.tolist(), std.tolist()
 
 
@@ -697,21 +703,22 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError
         beside.unlink(missing_ok=True)
-        fail(1, f"cannot save {path}: {reason(error)}: mend it, then --resume")
+        fail(1, f"cannot save {path}: {reason(error)}: once it is mended, --resume goes on from "
+             "the last checkpoint, if there is one")  # fmt: skip
 
 
-def say(text: str) -> None:
+def say(text: str, where: TextIO | None = None) -> None:
     """Print, by the first process; a reader that has gone or a full disk does not end a run."""
+    where = where or sys.stdout
     try:
         if not RANK:
-            print(text, flush=True)
+            print(text, file=where, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), where.fileno())
 
 
 def warn(message: str) -> None:
-    if not RANK:
-        print(f"pretrain.py: warning: {message}", file=sys.stderr, flush=True)
+    say(f"pretrain.py: warning: {message}", sys.stderr)
 
 
 def reason(error: Exception) -> str:
@@ -768,17 +775,35 @@ def diverged(out: Path, step: int) -> NoReturn:
          f"{out} holds is from before")  # fmt: skip
 
 
+def new_state() -> dict:
+    """Where a run stands, beside its parts: steps taken, bad tiles, what the next line sums up."""
+    return {"step": 0, "bad": {}, "sums": torch.zeros(4)}
+
+
+def alike(a: object, b: object) -> bool:
+    """Whether two states differ in values alone: not in types, keys or shapes."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b)
+
+
 def load_checkpoint(path: Path, parts: dict) -> dict:
     """Load what --resume goes on from into `parts` (networks, optimizer, scaler); the rest."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify checksums
             raise ValueError(f"the checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        new = {name: part.state_dict() for name, part in parts.items()} | new_state()
+        if not alike(new | {"bad": {**state["bad"]}}, state) or state["step"] < 0:
+            raise ValueError("it holds something else than such a run")
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
-        int(state["step"]), state["sums"].view(4), dict(state["bad"])
         return state
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a damaged file fails in many ways
         fail(1, f"{path} is damaged or of another version ({reason(error)}): start again with "
@@ -945,13 +970,16 @@ def listen() -> list[int]:
     """The list that SIGINT, SIGTERM and SIGHUP will be added to; a second one leaves at once."""
     asked: list[int] = []
 
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    heard = [n for n in signals if signal.getsignal(n) != signal.SIG_IGN]  # nohup, a background
+
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in heard:
+            signal.signal(each, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background
-            signal.signal(number, ask)
+    for number in heard:
+        signal.signal(number, ask)
     return asked
 
 
@@ -961,7 +989,7 @@ def describe(args: Namespace, device: torch.device, precision: str, steps: int) 
     say(f"on {device} ({card}), {precision}, {'' if args.compile else 'not '}compiled")
     say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
     if args.recipe == "paper" and steps < 20000:
-        say("few steps: try --recipe small: F1 0.63 (890 steps), not 0.52 (700); README")
+        say("few steps: try --recipe small: after 890 F1 0.63, not 0.46 (README)")
     if device.type == "cpu" and WORLD > 1:
         warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
     say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
@@ -1013,8 +1041,9 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
         config = config or new_config(args, archive, measured, device, precision)
     config = everyone(config)[0]
     stats, otherwise = [config["bands"]["mean"], config["bands"]["std"]], "was started otherwise"
-    if config["pairs"]["sha256"] != archive.about["sha256"]:
-        fail(2, f"{args.out} {otherwise}: the archive's list of pairs is another (used then "
+    known = [config["pairs"]["sha256"], *config["bands"]["names"]]
+    if known != [archive.about["sha256"], *archive.bands]:
+        fail(2, f"{args.out} {otherwise}: its list of pairs, or of bands, is another (used then "
              f"{config['pairs']['used']}, now {pairs}): choose another --out")  # fmt: skip
     off = abs(np.subtract(measured or stats, stats)).max(0) / stats[1]  # in standard deviations
     if off.max() > 0.1:
@@ -1024,6 +1053,7 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
              f"{was:.4g}, is {now:.4g}): choose another --out")  # fmt: skip
     if config["versions"].get("pretrain.py") != CODE:
         warn(f"{args.out} was started by another version of this script")
+    config |= {"name": run_name(args, pairs), "settings": vars(args), "pairs": archive.about}
     if args.compile is None:
         args.compile = device.type == "cuda" and WORLD == 1
     processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1041,7 +1071,7 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
     byol = byol.to(device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     parts = {"byol": byol, "optimizer": make_optimizer(byol, args), "scaler": scaler}
-    state = {"step": 0, "bad": {}, "sums": torch.zeros(4)}
+    state = new_state()
     if (args.out / "checkpoint.pt").exists():
         state = load_checkpoint(args.out / "checkpoint.pt", parts)
     if len({*(steps := everyone(state["step"]))}) > 1:
@@ -1059,7 +1089,7 @@ def main() -> int:
     step, end = began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     end = max(step, end)
     millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
-    describe(args, device, config["precision"], args.epochs * per_epoch)
+    describe(args, device, config["precision"], end)
     say(f"{args.arch}, {millions:.1f} million parameters; {end} steps, {per_epoch} an epoch")
     if args.resume:
         say(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
@@ -1136,10 +1166,10 @@ def main() -> int:
         if stop:
             say(f"stopped at step {step} of {end}, saved: --resume --out {out} goes on")
             return 128 + stop
-    bands = config["bands"]["names"][: CHANNELS[args.mode]]
+    bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
     say(f"done in {timedelta(seconds=round(time.monotonic() - began))}: {out}/encoder.safetensors\n"
-        f"next: python probe.py --dataset eurosat --band {','.join(bands)} "
-        f"--weights {out}/encoder.safetensors")  # fmt: skip
+        f"next: python probe.py --dataset eurosat --band {','.join(bands)} \\\n"
+        f"    --weights {out}/encoder.safetensors")  # fmt: skip
     return 0
 
 
@@ -1157,7 +1187,8 @@ def run() -> int:
     except (OSError, bandcrop.TileError) as error:
         fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         fail(1, f"out of memory: use a smaller --batch-size or --size: {reason(error)}")
 

@@ -107,9 +107,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "coco: torchvision's; imagenet:, byol-imagenet:, seco:, coco:FILE; other:FILE: any ResNet")
     add("--export", type=Path, metavar="FILE", help="others' weights, as segment.py takes them")
     add("--finetune", action="store_true", help="train the encoder too; scratch: from random")
-    add("--arch", choices=ARCHS, default="resnet50", help="of random, scratch and imagenet")
-    add("--split", choices=["random", "official", "spatial"], help="random: 80/20, stratified "
-        "(default); official, spatial: the published lists, or the csv's own column")
+    add("--arch", choices=ARCHS, default="resnet50", help="of random, scratch, imagenet (resnet50)")
+    add("--split", choices=["random", "official", "spatial"], help="random: 80/20, stratified; "
+        "official, spatial: the published lists; official: a csv's column split (default: random, "
+        "but a csv's column where it has one)")
     add("--subset", type=int, metavar="N", help="N images (7000: EuroSAT 7K, 5000: Sen12MS 5K)")
     add("--train-images", type=int, metavar="N", help="learn from N; the test set stays as it is")
     add("--size", type=int, metavar="PX", help="side of the encoder's input (EuroSAT 64, else 128)")
@@ -146,16 +147,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         fail(2, "training the encoder too: --head, --bn and --stats do not apply")
     if args.weights == "stats" and (args.finetune or args.cam or args.bn != "encoder"):
         fail(2, "--weights stats has no network: --finetune, --cam and --bn do not apply")
+    if args.cam == 1 or args.cam > ENCODE_BATCH:
+        fail(2, f"--cam {args.cam}: give 2 to {ENCODE_BATCH}: maps are divided by their mean")
     if args.cam and args.head != "mlp":
         fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
-    if args.embed and args.finetune:
-        fail(2, "--embed trains nothing: not with --finetune or scratch")
+    idle = args.finetune or args.cam or args.split or args.subset or args.train_images
+    if args.embed and (idle or args.seeds > 1):
+        fail(2, "--embed trains nothing and takes every image: not with --finetune, scratch, "
+                "--cam, --split, --subset, --train-images or --seeds")  # fmt: skip
     if args.bands_in_file and args.dataset != "csv":
         fail(2, f"--bands-in-file is for --dataset csv: {args.dataset}'s order is known")
     args.root = args.root or Path("data") / args.dataset
     if not args.root.exists():
         fail(2, f"{args.root}: no {args.dataset} there; {DATASETS[args.dataset]}")
-    args.root = args.root.resolve()  # one of the things that a result is known by
+    args.root = args.root.parent.resolve() / args.root.name  # what a result is known by
     args.size = args.size or (64 if args.dataset.startswith("eurosat") else 128)
     return args
 
@@ -201,11 +206,11 @@ TRIPLES = {
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
     """(file, 0-based band in it) by the paper's names, from a file's band names in order.
 
-    B01, B09 and B10 (60 m) may be named and are not used.
+    "-" is skipped; B01, B09 and B10 (60 m) may be named and are not used.
     """
     places: dict[str, tuple[int, int]] = {}
     for place, name in enumerate(order):
-        if name.strip().upper() not in ("B01", "B09", "B10"):
+        if name.strip().upper() not in ("-", "B01", "B09", "B10"):
             band = band_name(name)
             if band in places:
                 fail(2, f"band {band} ({BANDS[band]}) stands twice in {','.join(order)}")
@@ -276,11 +281,11 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def digest_files(files: Iterable[str]) -> str:
-    """sha256 over names, sizes and times of change: another archive, or other pixels, differs."""
+    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs."""
     digest = hashlib.sha256()
     for file in files:
         stat = os.stat(file)
-        digest.update(os.fsencode(f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
+        digest.update(os.fsencode(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -397,12 +402,17 @@ def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
     if dataset == "sen12ms":
         return list_sen12ms(root)
     everything = glob.glob(f"{glob.escape(str(root))}/**/*", recursive=True)  # hidden files aside
-    found = sorted(Path(p) for p in everything if p.lower().endswith(SUFFIXES[dataset]))
+    kept = [p for p in everything if p.lower().endswith(SUFFIXES[dataset]) and os.path.isfile(p)]
+    found = sorted(map(Path, kept))
     if not found:
         fail(2, f"{root}: no {dataset} there; {DATASETS[dataset]}")
     above = sorted({str(path.parents[1]) for path in found})
     if len(above) > 1:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
+    seen: dict[str, Path] = {}
+    for path in found:
+        if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
+            fail(1, f"{path} is {first} again: remove one")
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
     classes, labels = np.unique([path.parent.name for path in found], return_inverse=True)
     names, files = [path.stem for path in found], [(str(path),) for path in found]
@@ -443,10 +453,12 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
     seen, spelt = {}, {}  # the line of each file, of each label
     for row, file in zip(rows, files, strict=True):
         at, label, split = f"{path} line {row['line']}:", row.get("label", "-"), row.get("split")
-        line = seen.setdefault(os.path.realpath(file), row["line"])
-        spelling = spelt.setdefault("".join(label.split()).lower(), (label, row["line"]))
         if not os.path.isfile(file):
             fail(1, f"{at} no file {file}")
+        line = seen.setdefault(os.path.realpath(file), row["line"])
+        spelling = spelt.setdefault("".join(label.split()).lower(), (label, row["line"]))
+        if file.lower().endswith(TIFFS) != geotiff:
+            fail(1, f"{at} {file}: GeoTIFFs and photos in one table: make a table of each")
         if line != row["line"]:
             fail(1, f"{at} {row['image']} stands in line {line} already")
         if split not in ("train", "val", "test", None):
@@ -484,9 +496,12 @@ def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
         if path is None:
             fail(2, f"--split {args.split}: no list {args.root / name}; use --split random, or "
                     f"{DATASETS[args.dataset]}")  # fmt: skip
-        for line in path.read_text("utf-8", "replace").split():
-            if parts.setdefault(Path(line).stem, part) != part:
-                fail(1, f"{path}: {line} stands in {lists[parts[Path(line).stem]]} too")
+        names = [Path(line).stem for line in path.read_text("utf-8", "replace").split()]
+        if not {*names} & {*images.names}:
+            fail(1, f"{path} names no image of {args.root}")
+        for name in names:
+            if parts.setdefault(name, part) != part:
+                fail(1, f"{path}: {name} stands in {lists[parts[name]]} too")
     return [parts.get(name, "") for name in images.names]
 
 
@@ -552,7 +567,7 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
                 fail(1, f"{path}: is no grey photo ({opened.mode}), --bands-in-file names one band")
             photo = opened.convert("RGB" if bands == 3 else "L")
     except Exception as error:  # whatever a broken or a huge photo raises
-        fail(1, f"{path}: {str(error).splitlines()[0]}")
+        fail(1, f"{path}: {(str(error) or repr(error)).splitlines()[0]}")
     if size and photo.size != (size, size):
         photo = photo.resize((size, size), Image.Resampling.BICUBIC)
     return np.atleast_3d(np.asarray(photo)).transpose(2, 0, 1)
@@ -660,9 +675,6 @@ def find_weights(text: str | None) -> Weights:
         fail(1, f"{text}: no whole safetensors file ({error}); {others}")
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
     return Weights(metadata["name"], text, digest, metadata, tensors)
 
 
@@ -730,6 +742,11 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
+    for name, value in encoder.state_dict().items():
+        if not value.isfinite().all():
+            fail(
+                1, f"{weights.source}: {name} holds NaN or infinity: use one of before it diverged"
+            )
     return encoder.requires_grad_(False)
 
 
@@ -774,8 +791,8 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         return find_weights(text)
     if not file and kind not in ("imagenet", "coco"):
         fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
-    digest = weights_digest(file) if file else None
-    found = read_tensors(file) if file else published(kind, arch)
+    file = file or published(kind, arch)
+    digest, found = weights_digest(file), read_tensors(file)
     tensors = by_torchvisions_names(kind, found)
     # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
     count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
@@ -789,7 +806,7 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
 
 def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
     """The encoder's tensors in what a file of this kind of OTHERS holds."""
-    held = found.get("state_dict", found)
+    held = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
     if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
         names, values = build_encoder("resnet50", 3).state_dict(), found.get("online_backbone", {})
         return dict(zip(names, values.values(), strict=False))
@@ -815,20 +832,26 @@ def read_tensors(file: str) -> dict[str, Any]:
                     fail(2, f"{file}: is an encoder of pretrain.py or --export: name it alone")
             return safetensors.torch.load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
-        return found if isinstance(found, dict) else {}
+        return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
     except Exception:  # whatever a broken file raises
         fail(1, f"{file}: is no whole weights file, or holds more than tensors (none of it was "
                 "executed): torch.save the encoder's state_dict alone")  # fmt: skip
 
 
-def published(kind: str, arch: str) -> dict[str, Any]:
-    """torchvision's published weights, from torch hub's cache or the network, hash checked."""
+def published(kind: str, arch: str) -> str:
+    """The file of torchvision's published weights, in torch hub's cache or fetched into it."""
     model = "deeplabv3_resnet50" if kind == "coco" else arch
-    weights = [*torchvision.models.get_model_weights(model)][0]  # version 1
+    url = [*torchvision.models.get_model_weights(model)][0].url  # version 1
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])  # resnet18-f37072fd.pth
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        fail(1, f"--weights {kind}: {weights.url} did not arrive ({error}); use {kind}:FILE")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), progress=False)
+    except OSError as error:
+        fail(1, f"--weights {kind}: {url} did not arrive ({error}); use {kind}:FILE")
+    if not weights_digest(str(file)).startswith(file.stem.rpartition("-")[2]):
+        fail(1, f"{file}: is damaged: remove it, then run this again")
+    return str(file)
 
 
 def export(weights: Weights, path: Path) -> None:
@@ -1148,6 +1171,7 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
         "arch": None if floor else weights.metadata.get("arch", args.arch),
         "bn": None if floor else args.bn, "finetune": args.finetune, "tried": CHOICES[kind],
         "least_steps": FINETUNE_STEPS if args.finetune else None,
+        "recipe": "decay 0.05, one cycle, turned and mirrored" if args.finetune else None,
         "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH,
     }  # fmt: skip
     identity = digest_of([settings, bands, seed, name, weights.sha256 or weights.source])
@@ -1195,6 +1219,8 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
 def embed(args: argparse.Namespace, images: Images, bands: list[str]) -> None:
     """The features of every image, with what is known of it, in one NPZ file."""
     rows = np.arange(len(images.names))
+    if args.bn == "reestimate" and len(rows) < 2:
+        fail(2, f"--bn reestimate needs two images or more: {args.root} has one")
     setup = set_up(args, images, bands, rows)
     features = encode(prepare(setup, rows, 0), setup, rows).cpu().numpy()
     arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features}
@@ -1212,12 +1238,14 @@ def main(args: argparse.Namespace) -> None:
             open_folder(args.export.parent)
             return export(args.weights, args.export)
         open_folder(args.embed.parent if args.embed else args.out)
+        weights, floor = args.weights, args.weights.name == "stats"
+        arch = "" if floor else f", {weights.metadata.get('arch', args.arch)}"
+        print(f"weights: {weights.source} ({weights.name}{arch}) on {args.device}\n"
+              f"listing the images of {args.root}", flush=True)  # fmt: skip
         images = list_images(args.dataset, args.root, args.bands_in_file)
         images = images._replace(nodata=args.nodata)
         args.split = args.split or ("official" if images.part else "random")
-        weights = f"{args.weights.source} ({args.weights.name})"
-        print(f"{args.dataset}, {len(images.names)} images, split {args.split}; "
-              f"weights: {weights}; on {args.device}", flush=True)  # fmt: skip
+        print(f"{len(images.names)} images, split {args.split}", flush=True)
         if args.nodata is not None and not images.geotiff:
             fail(2, "--nodata is for GeoTIFFs: these are photos")
         asked = requested_bands(args.bands, images.bands, args.dataset)

@@ -158,11 +158,11 @@ TRIPLES = {
 def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
     """(file, 0-based band in it) by the paper's names, from a file's band names in order.
 
-    B01, B09 and B10 (60 m) may be named and are not used.
+    "-" is skipped; B01, B09 and B10 (60 m) may be named and are not used.
     """
     places: dict[str, tuple[int, int]] = {}
     for place, name in enumerate(order):
-        if name.strip().upper() not in ("B01", "B09", "B10"):
+        if name.strip().upper() not in ("-", "B01", "B09", "B10"):
             band = band_name(name)
             if band in places:
                 fail(2, f"band {band} ({BANDS[band]}) stands twice in {','.join(order)}")
@@ -233,11 +233,11 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def digest_files(files: Iterable[str]) -> str:
-    """sha256 over names, sizes and times of change: another archive, or other pixels, differs."""
+    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs."""
     digest = hashlib.sha256()
     for file in files:
         stat = os.stat(file)
-        digest.update(os.fsencode(f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
+        digest.update(os.fsencode(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -363,9 +363,6 @@ def find_weights(text: str | None) -> Weights:
         fail(1, f"{text}: no whole safetensors file ({error}); {others}")
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            fail(1, f"{text}: {name} holds NaN or infinity: its run diverged; use an earlier one")
     return Weights(metadata["name"], text, digest, metadata, tensors)
 
 
@@ -433,6 +430,11 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
+    for name, value in encoder.state_dict().items():
+        if not value.isfinite().all():
+            fail(
+                1, f"{weights.source}: {name} holds NaN or infinity: use one of before it diverged"
+            )
     return encoder.requires_grad_(False)
 
 
@@ -630,13 +632,16 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
     widths = {"mask": 1, "s2": len(args.s2_bands), "s1": len(args.s1_bands)}
     for kind, paths in files.items():
         seen = set()
-        for path in paths:
+        for row, path in zip(rows, paths, strict=True):
+            at = f"{args.root} line {row['line']}: " if "line" in row else ""
+            if not os.path.isfile(path):
+                fail(1, f"{at}no file {path}")
             if (real := os.path.realpath(path)) in seen:
-                fail(1, f"{path}: comes twice; a tile both trained and tested on proves nothing")
+                fail(1, f"{at}{path} comes twice; trained and tested on it would prove nothing")
             seen.add(real)
             if (has := bandcrop.info(path).bands) != widths[kind]:
                 expected = "a mask has" if kind == "mask" else f"--{kind}-bands names"
-                fail(1, f"{path}: has {has} bands, {expected} {widths[kind]}")
+                fail(1, f"{at}{path} has {has} bands, {expected} {widths[kind]}")
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
         bands=bands[0] | bands[1], **read_masks(files["mask"], args), part=part,
@@ -866,14 +871,16 @@ def main(args: argparse.Namespace) -> None:
         args.device = find_device(args.device)
         args.weights = find_weights(args.weights)
         open_folder(args.out)
+        arch = args.weights.metadata.get("arch", args.arch)
+        print(f"weights: {args.weights.source} ({args.weights.name}, {arch}) on {args.device}\n"
+              f"listing the tiles of {args.root}", flush=True)  # fmt: skip
         tiles = list_tiles(args)
         if args.split is None:
             args.split = "official" if args.dataset == "csv" and tiles.part else "random"
         asked = requested_bands(args.bands, tiles.bands, args.dataset)
         for bands in asked:
             check_bands(args.weights, bands, args.stats)
-        print(f"{len(tiles.names)} tiles, split {args.split}; {args.weights.name} "
-              f"({args.weights.source}) on {args.device}", flush=True)  # fmt: skip
+        print(f"{len(tiles.names)} tiles, split {args.split}", flush=True)
         classes = [f"{id} {name}" for id, name in zip(args.ids, args.classes, strict=True)]
         ignored = ", ".join(map(str, args.ignore))
         print(textwrap.fill(f"ids: {', '.join(classes)}; ignored: {ignored}", 79), flush=True)

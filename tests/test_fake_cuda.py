@@ -68,17 +68,21 @@ def to_fake_cuda(module: nn.Module) -> nn.Module:
 
 
 # Before `fake_cuda`, which a module's first weights cannot be drawn in.
-@pytest.fixture
-def byol() -> pretrain.BYOL:
-    module = pretrain.BYOL(pretrain.make_encoder("resnet18", 3), 16, 8)
+@pytest.fixture(params=[("single", 0.2), ("three", 0)], ids=["single, negatives", "three"])
+def byol(request) -> pretrain.BYOL:
+    mode, negatives = request.param
+    encoder = pretrain.make_encoder("resnet18", pretrain.CHANNELS[mode])
+    module = pretrain.BYOL(encoder, 16, 8, negatives)
+    module.mode = mode
     return module.to(memory_format=torch.channels_last)
 
 
 def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(byol, fake_cuda):
-    args = pretrain.make_parser().parse_args(["--mode", "three", "--size", "64"])
+    args = pretrain.make_parser().parse_args(["--mode", byol.mode, "--size", "64"])
+    channels = pretrain.CHANNELS[byol.mode]
     to_fake_cuda(byol)
     optimizer = pretrain.make_optimizer(byol, args)
-    x, draws = torch.empty(8, 3, 64, 64, device=CUDA), torch.empty(8, 7, device=CUDA)
+    x, draws = torch.empty(8, channels, 64, 64, device=CUDA), torch.empty(8, 7, device=CUDA)
     views = pretrain.augment(x, draws, args)
     a, b = views.contiguous(memory_format=torch.channels_last).chunk(2)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -88,13 +92,14 @@ def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(byol
 
 
 def test_the_student_sees_both_views_with_the_strides_that_it_was_compiled_for(byol, fake_cuda):
-    args = pretrain.make_parser().parse_args(["--mode", "three", "--size", "64"])
+    args = pretrain.make_parser().parse_args(["--mode", byol.mode, "--size", "64"])
+    channels = pretrain.CHANNELS[byol.mode]
     seen = []
     to_fake_cuda(byol).student.register_forward_pre_hook(
         lambda module, x: seen.append((x[0].shape, x[0].stride()))
     )
     for fill in (torch.zeros, torch.empty):  # whatever the batch holds
-        x, draws = fill(8, 3, 64, 64, device=CUDA), fill(8, 7, device=CUDA)
+        x, draws = fill(8, channels, 64, 64, device=CUDA), fill(8, 7, device=CUDA)
         views = pretrain.augment(x, draws, args)
         byol(*views.contiguous(memory_format=torch.channels_last).chunk(2))
     assert len(seen) == 4 and len(set(seen)) == 1

@@ -4,10 +4,12 @@ import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +18,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -642,6 +645,19 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "pretrain.py"), *map(str, arguments)]
 
 
+def test_any_second_signal_leaves_at_once():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        asked = pretrain.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert asked == [signal.SIGHUP]
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_DFL}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(archive, tmp_path):
     out = tmp_path / "stopped"
     process = subprocess.Popen(
@@ -698,7 +714,7 @@ def test_other_partners_and_changed_tiles_are_refused(archive, tmp_path):
     write(s1)
     trained("--mode", "single", "--pairs", table, *SMALL, "--max-steps", 1, "--out", out)
     write([*s1[1:], s1[0]])
-    assert "list of pairs is another" in refused(2, "--resume", "--out", out)
+    assert "list of pairs" in refused(2, "--resume", "--out", out)
     write(s1)
     assert "resumed at step 1" in trained("--resume", "--out", out, "--max-steps", 2)
     for path in s1:  # from decibels to linear power
@@ -751,6 +767,36 @@ def test_a_hand_edited_config_is_one_line(old, new, copy_of):
     file.write_text(text.replace(old, new, 1))
     status, _, err = here("--resume", "--out", copy_of, "--epochs", 5)
     assert status in (1, 2) and err.count("\n") == 1, err
+
+
+def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
+    """Each key taken out, or something else in its place: one line, or it does not matter."""
+    file = copy_of / "config.json"
+    whole = json.loads(file.read_text())
+    places = [(key, None) for key in whole]
+    places += [(key, inner) for key in ("bands", "pairs", "versions") for inner in whole[key]]
+    places += [("settings", inner) for inner in ("exclude", "arch", "seed", "views", "size")]
+    for (key, inner), value in itertools.product(places, ("gone", None, ["x"])):
+        edited = json.loads(json.dumps(whole))
+        within, name = (edited, key) if inner is None else (edited[key], inner)
+        if value == "gone":
+            del within[name]
+        else:
+            within[name] = value
+        file.write_text(json.dumps(edited))
+        status, _, err = here("--resume", "--out", copy_of)
+        assert status in (0, 1, 2) and err.count("\n") <= 1, (key, inner, value, err)
+
+
+def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
+    file = copy_of / "checkpoint.pt"
+    whole = torch.load(file, weights_only=True)
+    for name, value in [("step", 2.5), ("step", -5), ("sums", 3), ("bad", []), ("optimizer", {})]:
+        torch.save(whole | {name: value}, file)
+        assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
+    whole["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)  # a segmentation fault
+    torch.save(whole, file)
+    assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
 
 
 def test_only_a_torn_last_line_of_the_log_is_cut(copy_of, finished, archive):
@@ -964,27 +1010,22 @@ class Tiny(torch.nn.Module):  # as timm's models: features [N, num_features]
         return self.stem(x).mean((2, 3))
 
 
-def test_encoder_augmentation_and_data_are_swapped_one_function_each(
-    archive, tmp_path, monkeypatch
-):
-    def make_encoder(arch, channels):
-        encoder = Tiny(in_chans=channels)
-        encoder.width = encoder.num_features
-        return encoder
-
-    def augment(x, draws, args):
-        return x + 0.1 * torch.randn_like(x)
-
-    def list_pairs(args):
-        s2 = sorted(Path(args.root).glob("ROIs*/s2_*/*.tif"))[:8]
-        return [(str(p.relative_to(args.root)), str(p.relative_to(args.root)).replace("s2_", "s1_"))
-                for p in s2]  # fmt: skip
-
-    for swapped in (make_encoder, augment, list_pairs):
-        monkeypatch.setattr(pretrain, swapped.__name__, swapped)
-    said = trained("--mode", "single", "--root", archive, *SMALL, "--epochs", 1, "--out", tmp_path)
-    assert ": 8 synthetic pairs" in said
-    shapes = {k: v.shape for k, v in load_file(tmp_path / "encoder.safetensors").items()}
+def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "def augment" in c]
+    for sensor, name in (("s2", "optical"), ("s1", "radar")):
+        (tmp_path / name).mkdir()
+        for place, path in enumerate(sorted(archive.glob(f"ROIs*/{sensor}_*/*.tif"))[:8]):
+            shutil.copy(path, tmp_path / name / f"{place}.tif")
+    timm = SimpleNamespace(create_model=lambda name, in_chans, num_classes: Tiny(in_chans))
+    names = {"Path": Path, "timm": timm}
+    exec(code, names)
+    for swapped in ("make_encoder", "augment", "list_pairs"):
+        monkeypatch.setattr(pretrain, swapped, names[swapped])
+    out = tmp_path / "run"
+    said = trained("--mode", "single", "--root", tmp_path, *SMALL, "--epochs", 1, "--out", out)
+    assert ": 8 pairs" in said
+    shapes = {k: v.shape for k, v in load_file(out / "encoder.safetensors").items()}
     assert shapes == {"stem.weight": (12, 1, 3, 3), "stem.bias": (12,)}
 
 

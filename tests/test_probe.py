@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_published_lists_are_followed_and_a_listed_validation_part_is_kept(
     (tmp_path / f"{stem}-test.txt").write_bytes(b"\x00\xff\xfe")
     with pytest.raises(SystemExit) as ended:
         probe.split_images(np.array([0, 1] * 5), probe.listed_parts(images, args), args, 0)
-    assert ended.value.code == 1 and "0 to test" in capsys.readouterr().err
+    assert ended.value.code == 1 and "names no image" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- bands
@@ -485,7 +486,7 @@ def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, tmp_path, c
     encoder.bn1.bias.data[0] = float("nan")  # as a diverged training leaves it
     file = write_encoder(tmp_path / "e.safetensors", encoder=encoder)
     with pytest.raises(SystemExit) as ended:
-        probe.find_weights(str(file))
+        probe.load_encoder(probe.find_weights(str(file)), "", 1, 0)
     assert ended.value.code == 1 and "bn1.bias holds NaN" in capsys.readouterr().err
 
 
@@ -596,6 +597,52 @@ def test_imagenet_without_network_names_the_file_alternative(photos, tmp_path, c
     refused(capsys, 1, argv, "https://download.pytorch.org/models/resnet18", "imagenet:FILE")
 
 
+@pytest.mark.parametrize("data", [b"", b"another file"])
+def test_a_damaged_file_in_torch_hubs_cache_is_refused(data, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    folder = tmp_path / "hub/hub/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "resnet18-f37072fd.pth").write_bytes(data)
+    refused(capsys, 1, settings(photos, tmp_path, weights="imagenet"), "resnet18-f37072fd.pth")
+
+
+def test_odd_contents_of_others_files_are_one_line(resnets, photos, tmp_path, capsys):
+    file = tmp_path / "w.pt"
+    nan = resnets["resnet18"].state_dict()
+    nan["bn1.bias"] = torch.full((64,), float("nan"))
+    for held in ({1: torch.zeros(1)}, {"state_dict": 3}, nan):
+        torch.save(held, file)
+        refused(capsys, 1, settings(photos, tmp_path / "out", weights=f"other:{file}"))
+        refused(capsys, 1, ["--weights", f"other:{file}", "--export", tmp_path / "x.safetensors"])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_the_same_image_twice_and_photos_among_geotiffs_are_refused(
+    photos, eurosat, tmp_path, capsys
+):
+    shutil.copytree(photos, tmp_path / "photos")
+    one, *_, last = sorted((tmp_path / "photos").glob("*/*.jpg"))
+    last.unlink()
+    last.symlink_to(one)
+    refused(capsys, 1, settings(tmp_path / "photos", tmp_path / "out"), last, "again")
+    last.unlink()
+    os.mkfifo(last)  # is no file: left out, not waited for
+    assert len(probe.list_images("eurosat-rgb", tmp_path / "photos", None).files) > 1
+    rows = [{"image": one, "label": "a"}, {"image": next(eurosat.glob("**/*.tif")), "label": "b"}]
+    table(tmp_path / "t.csv", rows)
+    argv = settings(tmp_path / "t.csv", tmp_path / "out", dataset="csv")
+    refused(capsys, 1, argv, "line 3", "a table of each")
+
+
+def test_embed_takes_every_image_and_refuses_what_would_choose_some(photos, tmp_path, capsys):
+    argv = settings(photos, tmp_path, "--embed", tmp_path / "x.npz")
+    for more in (["--subset", 9], ["--train-images", 9], ["--split", "random"], ["--seeds", 2]):
+        refused(capsys, 2, [*argv, *more], "every image")
+    table(tmp_path / "t.csv", [{"image": next(photos.glob("*/*.jpg")), "label": "a"}])
+    argv = settings(tmp_path / "t.csv", tmp_path, "--embed", tmp_path / "x.npz", dataset="csv")
+    refused(capsys, 2, [*argv, "--bn", "reestimate"], "two images")
+
+
 # ---------------------------------------------------------------------------------- frozenness
 def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
     photos, tmp_path, monkeypatch, capsys
@@ -691,7 +738,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(probe, "fine_tune", lambda *_: torch.nn.Sequential(torch.nn.ReLU(), head))
 
 
-def test_every_determinant_of_a_result_gives_a_new_one(eurosat, tmp_path, quick):
+def test_every_determinant_of_a_result_gives_a_new_one(eurosat, tmp_path, quick, monkeypatch):
     (tmp_path / "w.safetensors").write_bytes(write_encoder(tmp_path / "x").read_bytes())
     other = write_encoder(tmp_path / "y.safetensors", epoch="2")
     for name in ("a", "b"):  # equal but for the folder
@@ -727,6 +774,10 @@ def test_every_determinant_of_a_result_gives_a_new_one(eurosat, tmp_path, quick)
     run("--subset", "--subset", 24)
     run("--train-images", "--train-images", 12)
     run("--size", "--size", 48)
+    run("--seeds", "--seeds", 2)
+    monkeypatch.setattr(probe, "native_bf16", lambda device: True)
+    run("bf16")
+    monkeypatch.setattr(probe, "native_bf16", lambda device: False)
     run("--head", "--head", "linear")
     run("--epochs", "--epochs", 3)
     run("--bn", "--bn", "reestimate")
@@ -956,7 +1007,7 @@ def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
     config = result["config"]
     assert (result["split"], config["test"], config["train"]) == ("official", 6, 18)
     said = capsys.readouterr().out
-    assert "split official" in said.splitlines()[0]
+    assert "split official" in said.splitlines()[2]
     path = tmp_path / "t.csv"
     path.write_text(path.read_text().replace("image,label,split", "Image, Label, Split", 1))
     probe_run(path, tmp_path / "out", dataset="csv", band="RGB", weights="stats")
