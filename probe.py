@@ -1071,13 +1071,16 @@ def fullgrad_terms(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> l
 
 def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Saliency [N, H, W]: the terms that have a place, as magnitudes, rescaled to 0..1, enlarged
-    bilinearly, summed over channels and layers."""
+    bilinearly, summed over channels and layers, as github.com/idiap/fullgrad-saliency does."""
     saliency = torch.zeros_like(x[:, 0])
     for term in fullgrad_terms(model, x, target):
         if term.ndim == 4:
             term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
             term = term / term.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-            saliency += nn.functional.interpolate(term, x.shape[-2:], mode="bilinear").sum(1)
+            enlarged = nn.functional.interpolate(
+                term, x.shape[-2:], mode="bilinear", align_corners=True
+            )
+            saliency += enlarged.sum(1)
     return saliency
 
 

@@ -990,8 +990,32 @@ def test_fullgrad_contributions_sum_to_the_logit():
     parts = torch.stack([term.flatten(1).sum(1) for term in terms])
     torch.testing.assert_close(parts.sum(0), logits, rtol=1e-9, atol=1e-9)
     assert parts[1:].abs().sum() > logits.abs().sum()  # the bias terms matter in this model
-    maps = probe.fullgrad(model, x, target)
-    assert maps.shape == (2, 33, 33) and (maps >= 0).all() and maps.std() > 0
+
+    # The map by the paper's formula: a BatchNorm's bias in eval mode is b - w m / sqrt(v + eps)
+    outputs = {}
+
+    def keep(module, inputs, output):
+        outputs[module] = output
+        return output.clone()
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(keep)
+    image = x.clone().requires_grad_()
+    score = model(image).gather(1, target[:, None]).sum()
+    first, *gradients = torch.autograd.grad(score, [image, *outputs.values()])
+
+    def scaled(term):
+        term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
+        return (term / term.amax((1, 2, 3), keepdim=True)).detach()
+
+    expected = scaled(first * image).sum(1)
+    for bn, gradient in zip(outputs, gradients, strict=True):
+        bias = bn.bias - bn.weight * bn.running_mean / (bn.running_var + bn.eps).sqrt()
+        term = scaled(gradient * bias[:, None, None])
+        term = torch.nn.functional.interpolate(term, (33, 33), mode="bilinear", align_corners=True)
+        expected += term.sum(1)
+    torch.testing.assert_close(probe.fullgrad(model, x, target), expected)
 
 
 # ------------------------------------------------------------------------------ data and errors
