@@ -645,6 +645,15 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "pretrain.py"), *map(str, arguments)]
 
 
+def test_the_start_advises_short_runs_and_the_end_names_the_next_command(archive, tmp_path):
+    common = ["--root", archive, *SMALL, "--max-steps", 1]
+    said = trained("--mode", "rgb", *common, "--out", tmp_path / "a")
+    assert "few steps: try --recipe small" in said
+    assert "--band Red,Green,Blue" in said  # as they were trained on, not by wavelength
+    said = trained("--mode", "single", "--recipe", "small", *common, "--out", tmp_path / "b")
+    assert "few steps" not in said and "--band Blue " in said
+
+
 def test_any_second_signal_leaves_at_once():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
