@@ -235,7 +235,7 @@ def read_settings() -> tuple[Namespace, dict | None]:
         try:
             config = json.loads(file.read_text())
             saved, bands = unset | config["settings"], config["bands"]
-            now = parse(shlex.split(config["command"])[1:] + typed)
+            now = parse(shlex.split(str(config["command"]))[1:] + typed)
             mean, std = np.array([bands["mean"], bands["std"]], float)
             sound = np.isfinite(mean).all() and (std > 0).all() and len(mean) == len(bands["names"])
             sound &= {"sha256", "used"} <= config["pairs"].keys() and config["precision"] in DTYPES
