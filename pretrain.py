@@ -602,7 +602,8 @@ def open_archive(args: Namespace) -> Archive:
     watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
     names = [listed[i][0] for i in chosen]
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    "".join([str(root), *sys.argv, *map("".join, listed)]).encode()  # or UnicodeEncodeError, now
+    for texts in [(str(root), *sys.argv), *listed]:  # as metadata must be
+        " ".join(texts).encode()  # else UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
     for path in files[:, :128].ravel():
