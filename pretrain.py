@@ -522,6 +522,8 @@ def list_pairs(args: Namespace) -> list[tuple[str, str]]:
 
 def list_csv(path: Path) -> list[tuple[str, str]]:
     """(S2, S1) paths of a CSV with columns s1 and s2; other columns are left alone."""
+    if not path.is_file():
+        fail(2, f"no file {path}: --pairs takes a CSV with the columns s1 and s2")
     pairs, line = [], 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -535,7 +537,7 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
                         raise ValueError(f"column {column}: no file {row[column]!r}")
                 pairs.append((row["s2"], row["s1"]))
                 line = rows.line_num + 1
-    except (OSError, ValueError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         fail(1, f"{path}: line {line}: {error}")
     return sorted(pairs)
 

@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from bandcrop._core import info, read
-
-try:
-    import tifffile
-except ImportError:
-    sys.exit("bandcrop.repack: error: tifffile is not installed: pip install tifffile")
 
 # pixel scale, tie points, transformation, three of GeoTIFF's keys, GDAL's metadata and nodata
 KEPT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113)
