@@ -965,7 +965,7 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
         (2, ["--mode", "three", *csv, "--s1-bands", "VH,-"], ["2 of SAR1, SAR2; this"]),
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,B77"], ["'B77'"]),
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,VV"], ["wrong file"]),
-        (1, [*other, tmp_path / "none.csv"], ["none.csv"]),
+        (2, [*other, tmp_path / "none.csv"], ["none.csv"]),
         (1, [*other, tmp_path / "short.csv"], ["short.csv: line 3: column s2"]),
         (1, [*other, tmp_path / "quote.csv"], ["quote.csv: line 3"]),
         (1, [*other, tmp_path / "semicolon.csv"], ["semicolon.csv: line 1", "';'"]),
