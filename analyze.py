@@ -213,7 +213,7 @@ class Result:
 
 LOGGED = {  # in log.jsonl: how the figure names it
     "loss": "loss", "cosine": "cosine of positives", "std": "std of the projection",
-    "lr": "learning rate", "match": "match (0 best, 0.5 chance)", "rank": "rank of the features",
+    "match": "match (0 best, 0.5 chance)",
 }  # fmt: skip
 
 

@@ -868,18 +868,11 @@ def mean_rank(prediction: Tensor, projection: Tensor) -> float:
     return float(rank.mean()) / (len(cosine) - 1)
 
 
-def rank_me(features: Tensor) -> float:
-    """RankMe (Garrido et al. 2023): how many directions features [N, D] fill."""
-    values = torch.linalg.svdvals(features)
-    share = values / values.sum() + 1e-7
-    return float((-share * share.log()).sum().exp())
-
-
 @torch.no_grad()
 def watch_learning(
     byol: BYOL, archive: Archive, args: Namespace, device: torch.device, autocast: Callable
-) -> dict[str, float]:
-    """`match`, the mean rank in both directions, and `rank`, RankMe, of whole tiles as they are."""
+) -> float:
+    """`match`: the mean rank in both directions, of whole tiles as they are."""
     places = archive.watched.shape[1]
     u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
     bands = choose_bands(u, archive.bands, args.mode, args.views)  # [places, 2, C]
@@ -888,19 +881,17 @@ def watch_learning(
         for at in np.array_split(np.arange(places), math.ceil(places / args.batch_size))
     ]
     shape = (2 * args.batch_size, CHANNELS[args.mode], args.size, args.size)
-    seen = []  # of each batch: features, predictions and projections, [2, N, .] each
+    seen = []  # of each batch: predictions and projections, [2, N, P] each
     byol.eval()
     for batch in bandcrop.stream(wanted, shape, device, args.threads, ahead=1):
         views = batch.x.contiguous(memory_format=torch.channels_last)
         with autocast():
-            features = byol.student.encoder(views)
-            prediction = byol.predictor(byol.student.projector(features))
+            prediction = byol.predictor(byol.student.projector(byol.student.encoder(views)))
             projection = byol.teacher.projector(byol.teacher.encoder(views))
-        seen.append([widen(x).unflatten(0, (2, -1)) for x in (features, prediction, projection)])
+        seen.append([widen(x).unflatten(0, (2, -1)) for x in (prediction, projection)])
     byol.train()
-    features, p, t = (torch.cat(parts, dim=1).cpu() for parts in zip(*seen, strict=True))
-    match = (mean_rank(p[0], t[1]) + mean_rank(p[1], t[0])) / 2
-    return {"match": match, "rank": rank_me(features.flatten(0, 1))}
+    p, t = (torch.cat(parts, dim=1).cpu() for parts in zip(*seen, strict=True))
+    return (mean_rank(p[0], t[1]) + mean_rank(p[1], t[0])) / 2
 
 
 # Loop ---------------------------------------------------------------------------------------------
@@ -1012,7 +1003,7 @@ def progress(record: dict, steps_left: int, batch_size: int) -> str:
 def judge(record: dict, cycle_ends: bool, args: Namespace) -> None:
     """Say at an epoch's end what is learnt, and what is wrong."""
     if "match" in record:
-        say(f"  match {record['match']:.3f}, rank {record['rank']:.1f} (RankMe)")
+        say(f"  match {record['match']:.3f}")
     if record["std"] < 0.1 * args.projection**-0.5:
         warn(f"COLLAPSE: the projection's spread is {record['std']:.2g}: try a higher --tau or a "
              "lower --lr")  # fmt: skip
@@ -1150,7 +1141,7 @@ def main() -> int:
                 "timing": {name: round(value, 4) for name, value in timing.items()},
             }  # fmt: skip
             if not within and (epoch % watch_every == 0 or epoch == args.epochs):
-                record |= watch_learning(byol, archive, args, device, autocast)
+                record["match"] = watch_learning(byol, archive, args, device, autocast)
             if not within or last or now - shown > 30:
                 say(progress(record, end - step, args.batch_size))
                 shown = now

@@ -183,7 +183,7 @@ def write_run(folder: Path, seed: int, last: str = "", synthetic: bool = False) 
         loss = 0.4 + 3 * np.exp(-step / 100) + 0.02 * rng.standard_normal() + 0.1 * seed
         line = {"step": step, "loss": loss, "lr": 0.1, "std": 0.05, "cosine": 0.8, "match": None}
         if step % 50 == 0:
-            line |= {"match": 0.5 / (1 + step), "rank": 20 + step / 100}
+            line |= {"match": 0.5 / (1 + step)}
         lines.append(json.dumps(line) + "\n")
     (folder / "log.jsonl").write_text("".join(lines) + last)
 
@@ -1095,12 +1095,13 @@ def test_a_further_row_on_other_bands_takes_no_figure_away(tmp_path):
     assert [text.get_text() for text in figure.legends[0].texts] == ["random", OURS]
 
 
-def test_curves_have_cosine_match_and_rank(tree):
+def test_curves_have_cosine_and_match(tree):
     log = tree / "runs/single/log.jsonl"
     figure = analyze.draw_runs([analyze.Run(log)])
     axes = {axis.get_ylabel(): axis for axis in figure.axes}
     assert set(axes) == set(analyze.LOGGED.values())
-    assert len(axes["rank of the features"].lines[0].get_xdata()) == 14  # on some lines only
+    match = axes["match (0 best, 0.5 chance)"]
+    assert len(match.lines[0].get_xdata()) == 14  # on some lines only
     logged = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
     assert list(axes["loss"].lines[0].get_ydata()) == logged
 

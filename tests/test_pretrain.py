@@ -454,7 +454,7 @@ def test_erasing_and_greyscale_touch_what_was_drawn_and_nothing_else():
 
 
 # What is learnt ----------------------------------------------------------------------------------
-def test_match_is_the_mean_rank_by_cosine_and_rank_is_rankme():
+def test_match_is_the_mean_rank_by_cosine():
     rng = np.random.default_rng(0)
     p, t = rng.standard_normal((2, 20, 6))
     cosine = (p / np.linalg.norm(p, axis=1)[:, None]) @ (t / np.linalg.norm(t, axis=1)[:, None]).T
@@ -463,10 +463,6 @@ def test_match_is_the_mean_rank_by_cosine_and_rank_is_rankme():
     assert ours == pytest.approx(np.mean(ranks) / 19)
     assert pretrain.mean_rank(torch.tensor(p), torch.tensor(p)) == 0
     assert pretrain.mean_rank(torch.ones(9, 4), torch.ones(9, 4)) == 0.5  # collapsed: chance
-    spread = np.linalg.svd(p, compute_uv=False)
-    entropy = scipy.stats.entropy(spread / spread.sum())
-    assert pretrain.rank_me(torch.tensor(p)) == pytest.approx(np.exp(entropy), rel=1e-5)
-    assert pretrain.rank_me(torch.eye(5)) == pytest.approx(5, rel=1e-4)
 
 
 def test_watching_changes_nothing_and_looks_outside_the_training_pairs(archive):
@@ -478,7 +474,7 @@ def test_watching_changes_nothing_and_looks_outside_the_training_pairs(archive):
     given = with_stats(listed), args, torch.device("cpu"), contextlib.nullcontext
     seen = pretrain.watch_learning(byol, *given)
     assert seen == pretrain.watch_learning(byol, *given)
-    assert 0 <= seen["match"] <= 1 and 1 <= seen["rank"] <= 12
+    assert 0 <= seen <= 1
     assert byol.training and byol.teacher.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in byol.state_dict().items())
 
