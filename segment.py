@@ -432,9 +432,7 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
     for name, value in encoder.state_dict().items():
         if not value.isfinite().all():
-            fail(
-                1, f"{weights.source}: {name} holds NaN or infinity: use one of before it diverged"
-            )
+            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged")
     return encoder.requires_grad_(False)
 
 

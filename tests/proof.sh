@@ -114,7 +114,10 @@ for seed in 0 1 2; do
     on_varied "varied-seed$seed" --seed $seed --negatives 0
     on_varied "negatives-seed$seed" --seed $seed --negatives 0.2
     on_varied "varied-ms-only-seed$seed" --seed $seed --negatives 0 --views ms-ms
+    on_varied "varied-crops-seed$seed" --seed $seed --crop-area 0.25
 done
+on_varied varied-lr --lr 0.1
+on_varied varied-temperature --negatives 0.1
 pretrain varied-paper --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH --epochs 10
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
