@@ -282,14 +282,17 @@ def named(name: str, details: list[str]) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
-def judge_encoders(results: list[Result], faults: list[str]) -> dict[tuple, list[Result]]:
+Recipe = tuple[tuple[str, ...], list[Result]]  # its details; a result of each pre-training
+
+
+def judge_encoders(results: list[Result], faults: list[str]) -> list[Recipe]:
     """Set `judged` of a table's results: one encoder of each pre-training is compared with others.
 
     A recipe is the same flags but the seed's, probed in the same way. Its epoch is the latest that
-    three pre-trainings have here, and it is returned: details -> a result of each of them. Of other
-    encoders the latest of each pre-training is judged.
+    three pre-trainings have here, and it is returned. Of other encoders the latest of each
+    pre-training is judged.
     """
-    recipes = {}
+    recipes = []
     for (flags, _, usage), found in groups(results, "recipe", "name", "usage").items():
         if not flags:
             continue
@@ -309,16 +312,15 @@ def judge_encoders(results: list[Result], faults: list[str]) -> dict[tuple, list
         for r in found:
             r.judged = r.file in {last.file for last in chosen}
         if several:
-            finetuned = ("fine-tuned",) * chosen[0].finetuned
-            recipes[(*flags, f"epoch {max(several):g}", *usage, *finetuned)] = chosen
+            recipes.append(((*flags, f"epoch {max(several):g}", *usage), chosen))
     return recipes
 
 
-def name_recipes(recipes: dict[tuple, list[Result]], common: set[str]) -> dict[str, list[str]]:
+def name_recipes(recipes: list[Recipe], common: set[str]) -> dict[str, list[str]]:
     """Label -> the labels of the encoders; `common`: the details that need no saying."""
     named_so = {}
-    for details, members in recipes.items():
-        own = [detail for detail in details if detail not in common | {"fine-tuned"}]
+    for details, members in recipes:
+        own = [detail for detail in details if detail not in common]
         label = named(members[0].name, [f"{len(members)} pre-trainings", *own])
         named_so[label] = sorted(r.label for r in members)
     return named_so
@@ -575,7 +577,7 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
         label_rows(section)
         by_table = groups(without_copies(section, faults), *TABLE)
         recipes = {key: judge_encoders(its, faults) for key, its in by_table.items()}
-        details = [set(detail) for its in recipes.values() for detail in its]
+        details = [set(detail) for its in recipes.values() for detail, _ in its]
         common = set.intersection(*details) if details else set()
         sections.append([])
         for key in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):

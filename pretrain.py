@@ -608,14 +608,6 @@ def open_archive(args: Namespace) -> Archive:
         " ".join(texts).encode()  # else UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
-    for path in files[:, :128].ravel():
-        with suppress(bandcrop.TileError):  # what is bad is found where it is read
-            tile = bandcrop.info(path)
-            if max(tile.height, tile.width) > 2048:
-                size = f"{tile.height} x {tile.width}"
-                warn(f"{path} is {size}: crops of a whole scene are shrunk: cut tiles first: "
-                     "gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
-                break
     about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
@@ -627,6 +619,14 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
     chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
     say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
     file, band, width = (np.tile(x, (len(chosen), 1)) for x in archive.place.T)
+    for path in archive.files[:, chosen].ravel():
+        with suppress(bandcrop.TileError):  # what is bad is found where it is read
+            tile = bandcrop.info(path)
+            if max(tile.height, tile.width) > 2048:
+                size = f"{tile.height} x {tile.width}"
+                warn(f"{path} is {size}: crops of a whole scene are shrunk: cut tiles first: "
+                     "gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
+                break
     paths = tqdm(archive.files[file, chosen[:, None]].tolist(), disable=None, leave=False, ncols=79)
     bad = "report" if args.bad_tiles == "skip" else "raise"
     try:
@@ -963,7 +963,6 @@ def first_step(byol: BYOL, take: Callable[[], Tensor]) -> Tensor:
 def listen() -> list[int]:
     """The list that SIGINT, SIGTERM and SIGHUP will be added to; a second one leaves at once."""
     asked: list[int] = []
-
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     heard = [n for n in signals if signal.getsignal(n) != signal.SIG_IGN]  # nohup, a background
 

@@ -675,7 +675,16 @@ def find_weights(text: str | None) -> Weights:
         fail(1, f"{text}: no whole safetensors file ({error}); {others}")
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    return Weights(metadata["name"], text, digest, metadata, tensors)
+    return all_finite(Weights(metadata["name"], text, digest, metadata, tensors))
+
+
+def all_finite(weights: Weights) -> Weights:
+    """The same weights; refused where training has diverged."""
+    for name, value in weights.tensors.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged; use an "
+                    "earlier one")  # fmt: skip
+    return weights
 
 
 def weights_digest(file: str) -> str:
@@ -742,9 +751,6 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
-    for name, value in encoder.state_dict().items():
-        if not value.isfinite().all():
-            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged")
     return encoder.requires_grad_(False)
 
 
@@ -789,8 +795,12 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         return find_weights(text)
     if not file and kind not in ("imagenet", "coco"):
         fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
-    file = file or published(kind, arch)
-    digest, found = weights_digest(file), read_tensors(file)
+    cached = "" if file else published(kind, arch)
+    file = file or cached
+    digest = weights_digest(file)
+    if cached and not digest.startswith(Path(cached).stem.rpartition("-")[2]):
+        fail(1, f"{cached}: is damaged: remove it, then run this again")
+    found = read_tensors(file)
     tensors = by_torchvisions_names(kind, found)
     # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
     count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
@@ -799,7 +809,8 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         fail(1, f"{text}: not the layout of {kind!r}: {count} tensors fit it, a ResNet has 100, "
                 f"180 or 265; it holds {', '.join(list(found)[:3])} ... (torch.save the encoder's "
                 "state_dict alone)")  # fmt: skip
-    return Weights(OTHERS[kind] or Path(file).stem, str(text), digest, {"arch": arch}, tensors)
+    name = OTHERS[kind] or Path(file).stem
+    return all_finite(Weights(name, str(text), digest, {"arch": arch}, tensors))
 
 
 def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -837,7 +848,8 @@ def read_tensors(file: str) -> dict[str, Any]:
 
 
 def published(kind: str, arch: str) -> str:
-    """The file of torchvision's published weights, in torch hub's cache or fetched into it."""
+    """The file of torchvision's published weights, in torch hub's cache or fetched into it; its
+    name ends in the first digits of its sha256."""
     model = "deeplabv3_resnet50" if kind == "coco" else arch
     url = [*torchvision.models.get_model_weights(model)][0].url  # version 1
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])  # resnet18-f37072fd.pth
@@ -847,8 +859,6 @@ def published(kind: str, arch: str) -> str:
             torch.hub.download_url_to_file(url, str(file), progress=False)
     except OSError as error:
         fail(1, f"--weights {kind}: {url} did not arrive ({error}); use {kind}:FILE")
-    if not weights_digest(str(file)).startswith(file.stem.rpartition("-")[2]):
-        fail(1, f"{file}: is damaged: remove it, then run this again")
     return str(file)
 
 

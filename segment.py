@@ -363,7 +363,16 @@ def find_weights(text: str | None) -> Weights:
         fail(1, f"{text}: no whole safetensors file ({error}); {others}")
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    return Weights(metadata["name"], text, digest, metadata, tensors)
+    return all_finite(Weights(metadata["name"], text, digest, metadata, tensors))
+
+
+def all_finite(weights: Weights) -> Weights:
+    """The same weights; refused where training has diverged."""
+    for name, value in weights.tensors.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged; use an "
+                    "earlier one")  # fmt: skip
+    return weights
 
 
 def weights_digest(file: str) -> str:
@@ -430,9 +439,6 @@ def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Modul
     except (KeyError, RuntimeError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
-    for name, value in encoder.state_dict().items():
-        if not value.isfinite().all():
-            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged")
     return encoder.requires_grad_(False)
 
 

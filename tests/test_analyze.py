@@ -517,15 +517,9 @@ def test_a_recipe_is_judged_at_the_latest_epoch_that_three_pre_trainings_have(tm
 def test_a_recipe_has_one_name_at_every_number_of_labels(tmp_path):
     for seed, command, labels in itertools.product(range(3), ("--lr 1", "--lr 2"), (None, 20)):
         if labels is None or command == "--lr 1":
-            pretrained(
-                tmp_path / str(labels),
-                f"{command[-1]}{seed}",
-                0.6 + 0.02 * seed,
-                seed,
-                command=command,
-                train_images=labels,
-                validation="its list" if labels else "a fifth of the training split",
-            )
+            validation = "its list" if labels else "a fifth of the training split"
+            pretrained(tmp_path / str(labels), f"{command[-1]}{seed}", 0.6 + 0.02 * seed, seed,
+                       command=command, train_images=labels, validation=validation)  # fmt: skip
     all_labels, few = tables_of(tmp_path)[0]
     assert sorted(all_labels.recipes) == [f"{OURS} (3 pre-trainings, --lr {n})" for n in (1, 2)]
     assert list(few.recipes) == [f"{OURS} (3 pre-trainings, --lr 1)"]

@@ -9,7 +9,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -29,6 +28,7 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 from synthetic import write_sen12ms
+from test_standalone import readme_code
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -1016,15 +1016,13 @@ class Tiny(torch.nn.Module):  # as timm's models: features [N, num_features]
 
 
 def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "def augment" in c]
     for sensor, name in (("s2", "optical"), ("s1", "radar")):
         (tmp_path / name).mkdir()
         for place, path in enumerate(sorted(archive.glob(f"ROIs*/{sensor}_*/*.tif"))[:8]):
             shutil.copy(path, tmp_path / name / f"{place}.tif")
     timm = SimpleNamespace(create_model=lambda name, in_chans, num_classes: Tiny(in_chans))
     names = {"Path": Path, "timm": timm}
-    exec(code, names)
+    exec(readme_code("def augment"), names)
     for swapped in ("make_encoder", "augment", "list_pairs"):
         monkeypatch.setattr(pretrain, swapped, names[swapped])
     out = tmp_path / "run"

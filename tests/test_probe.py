@@ -486,7 +486,7 @@ def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, tmp_path, c
     encoder.bn1.bias.data[0] = float("nan")  # as a diverged training leaves it
     file = write_encoder(tmp_path / "e.safetensors", encoder=encoder)
     with pytest.raises(SystemExit) as ended:
-        probe.load_encoder(probe.find_weights(str(file)), "", 1, 0)
+        probe.find_weights(str(file))
     assert ended.value.code == 1 and "bn1.bias holds NaN" in capsys.readouterr().err
 
 
