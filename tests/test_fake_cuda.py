@@ -77,7 +77,12 @@ def byol(request) -> pretrain.BYOL:
     return module.to(memory_format=torch.channels_last)
 
 
-def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(byol, fake_cuda):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(
+    byol, dtype, fake_cuda, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # else no loss is scaled
+    torch.set_autocast_dtype("cuda", dtype)
     args = pretrain.make_parser().parse_args(["--mode", byol.mode, "--size", "64"])
     channels = pretrain.CHANNELS[byol.mode]
     to_fake_cuda(byol)
@@ -85,10 +90,11 @@ def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(byol
     x, draws = torch.empty(8, channels, 64, 64, device=CUDA), torch.empty(8, 7, device=CUDA)
     views = pretrain.augment(x, draws, args)
     a, b = views.contiguous(memory_format=torch.channels_last).chunk(2)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    assert scaler.is_enabled() == (dtype == torch.float16)
     watch = pretrain.train_step(byol, optimizer, scaler, a, b, 0.1, 0.9, nullcontext)
     assert watch.shape == (3,) and watch.device == CUDA and watch.dtype == torch.float32
-    assert byol.student(a).dtype == torch.bfloat16
+    assert byol.student(a).dtype == dtype
 
 
 def test_the_student_sees_both_views_with_the_strides_that_it_was_compiled_for(byol, fake_cuda):
