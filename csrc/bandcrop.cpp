@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -89,26 +90,24 @@ py::object nodata(const Layout& layout) {
     return py::int_(bits);
 }
 
-struct TileInfo {
-    Layout layout;
-};
-
-TileInfo read_info(const py::object& path) {
+Layout read_info(const py::object& path) {
     const std::string name = path_bytes(path);
-    TileInfo result;
+    Layout layout;
     Status status;
     {
         const WithoutGil released;
         File file;
         Header header;
         status = file.open(name.c_str());
-        if (status.ok()) status = parse(file, header, true, result.layout);
+        if (status.ok()) status = parse(file, header, true, layout);
     }
     if (!status.ok()) raise_tile_error(name + ": " + status.message, py::none());
-    return result;
+    return layout;
 }
 
-py::array read_samples(const py::object& path, const py::object& bands, const py::object& window) {
+using Numbers = std::optional<std::vector<std::int64_t>>;
+
+py::array read_samples(const py::object& path, const Numbers& bands, const Numbers& window) {
     const std::string name = path_bytes(path);
     const auto check = [&](const Status& status) {
         if (!status.ok()) raise_tile_error(name + ": " + status.message, py::none());
@@ -125,18 +124,18 @@ py::array read_samples(const py::object& path, const py::object& bands, const py
     check(status);
 
     std::vector<std::int64_t> wanted;
-    if (bands.is_none())
-        for (std::uint32_t b = 0; b < layout.bands; ++b) wanted.push_back(b);
+    if (bands)
+        wanted = *bands;
     else
-        wanted = bands.cast<std::vector<std::int64_t>>();
+        for (std::uint32_t b = 0; b < layout.bands; ++b) wanted.push_back(b);
     for (const std::int64_t band : wanted)
         if (band < 0 || band >= layout.bands)
             throw py::index_error(name + " has " + std::to_string(layout.bands) + " bands, band " +
                                   std::to_string(band) + " was asked for (0-based)");
     if (wanted.empty()) throw py::value_error("bands is empty");
     Rectangle area{0, layout.height, 0, layout.width};
-    if (!window.is_none()) {
-        const auto w = window.cast<std::vector<std::int64_t>>();
+    if (window) {
+        const auto& w = *window;
         if (w.size() != 4) throw py::value_error("window needs top, left, height, width");
         if (w[0] < 0 || w[1] < 0 || w[2] < 1 || w[3] < 1 || w[0] > layout.height - w[2] ||
             w[1] > layout.width - w[3])
@@ -277,9 +276,11 @@ py::array output_array(const py::object& out) {
         throw py::type_error("out must be a numpy array or a CPU tensor");
     auto result = py::reinterpret_borrow<py::array>(array);
     if (!result.dtype().is(py::dtype::of<float>()) || result.ndim() != 4 ||
-        (result.flags() & py::array::c_style) == 0 || !result.writeable())
-        throw py::type_error("out must be float32, writeable and C-contiguous [N, C, H, W], not " +
-                             py::str(result.dtype()).cast<std::string>() + " " + shape_of(result));
+        !result.attr("flags").attr("carray").cast<bool>())
+        throw py::type_error(
+            "out must be float32, aligned, writeable and C-contiguous "
+            "[N, C, H, W], not " +
+            py::str(result.dtype()).cast<std::string>() + " " + shape_of(result));
     for (int i = 1; i < 4; ++i)
         if (result.shape(i) < 1 || result.shape(i) > 65536)
             throw py::value_error("out has the shape " + shape_of(result));
@@ -312,7 +313,7 @@ std::vector<float> statistics(const py::object& given, const char* name, Request
                                       " values, none for band " + std::to_string(band));
     const bool is_std = std::strcmp(name, "std") == 0;
     for (py::ssize_t i = 0; i < array.size(); ++i)
-        if (!std::isfinite(array.data()[i]) || (is_std && array.data()[i] <= 0))
+        if (!std::isfinite(array.data()[i]) || (is_std && array.data()[i] < FLT_MIN))
             throw py::value_error(std::string(name) + " holds " + std::to_string(array.data()[i]));
     request.statistics_by_band = by_band;
     return values(array);
@@ -334,7 +335,7 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
     if (py::isinstance<py::str>(paths) || paths.size() != request.samples)
         throw py::value_error("out has " + std::to_string(request.samples) +
                               " samples, paths has " + std::to_string(paths.size()));
-    for (const py::handle item : paths) {
+    for (const py::object item : paths) {
         const bool several = py::isinstance<py::list>(item) || py::isinstance<py::tuple>(item);
         if (request.paths.empty()) request.file_per_band = several;
         if (several != request.file_per_band)
@@ -347,7 +348,7 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
         if (files.size() != request.channels)
             throw py::value_error("a sample has " + std::to_string(files.size()) + " files for " +
                                   std::to_string(request.channels) + " channels");
-        for (const py::handle file : files) request.paths.push_back(path_bytes(file));
+        for (const py::object file : files) request.paths.push_back(path_bytes(file));
     }
 
     const Array<std::int64_t> band(checked(bands, "bands", "iu"));
@@ -386,8 +387,13 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
             request.orient.push_back(static_cast<std::uint8_t>(turn.at(i)));
         }
     }
-    // As text, like the tag that it stands for; a float's repr() is exact.
-    if (!nodata.is_none()) request.nodata = py::str(py::float_(nodata)).cast<std::string>();
+    // As text, like the tag that it stands for, and whole numbers by their digits: "1e+16" as an
+    // int64 is 1.
+    if (!nodata.is_none()) {
+        py::object number = py::float_(nodata);
+        if (number.attr("is_integer")().cast<bool>()) number = py::int_(nodata);
+        request.nodata = py::str(number).cast<std::string>();
+    }
     if (!bands_in_file.is_none()) {
         const Array<std::int64_t> count(checked(bands_in_file, "bands_in_file", "iu"));
         const bool for_each_path = count.ndim() == (request.file_per_band ? 2 : 1) &&
@@ -507,38 +513,31 @@ PYBIND11_MODULE(core, m) {
     tile_error.attr("index") = py::none();
     m.attr("TileError") = tile_error;
 
-    py::class_<TileInfo>(m, "TileInfo", "Layout of a TIFF file's first image.")
+    py::class_<Layout>(m, "TileInfo", "Layout of a TIFF file's first image.")
+        .def_readonly("height", &Layout::height, "pixels")
+        .def_readonly("width", &Layout::width, "pixels")
+        .def_readonly("bands", &Layout::bands)
+        .def_property_readonly("dtype", &type_name,
+                               "numpy's name of the samples' type, e.g. 'uint16'")
         .def_property_readonly(
-            "height", [](const TileInfo& t) { return t.layout.height; }, "pixels")
-        .def_property_readonly(
-            "width", [](const TileInfo& t) { return t.layout.width; }, "pixels")
-        .def_property_readonly("bands", [](const TileInfo& t) { return t.layout.bands; })
-        .def_property_readonly(
-            "dtype", [](const TileInfo& t) { return type_name(t.layout); },
-            "numpy's name of the samples' type, e.g. 'uint16'")
-        .def_property_readonly(
-            "planar",
-            [](const TileInfo& t) { return t.layout.separate ? "separate" : "interleaved"; },
+            "planar", [](const Layout& t) { return t.separate ? "separate" : "interleaved"; },
             "'interleaved' (bands of a pixel together) or 'separate' (one plane a band)")
         .def_property_readonly(
-            "compression", [](const TileInfo& t) { return compression_name(t.layout.compression); },
+            "compression", [](const Layout& t) { return compression_name(t.compression); },
             "'none', 'packbits', 'lzw', 'deflate' or 'zstd'")
-        .def_property_readonly("tiled", [](const TileInfo& t) { return t.layout.tiled; })
-        .def_property_readonly("big_tiff", [](const TileInfo& t) { return t.layout.big_tiff; })
+        .def_readonly("tiled", &Layout::tiled)
+        .def_readonly("big_tiff", &Layout::big_tiff)
+        .def_property_readonly("byte_order",
+                               [](const Layout& t) { return t.big_endian ? "big" : "little"; })
         .def_property_readonly(
-            "byte_order", [](const TileInfo& t) { return t.layout.big_endian ? "big" : "little"; })
-        .def_property_readonly(
-            "nodata", [](const TileInfo& t) { return nodata(t.layout); },
+            "nodata", [](const Layout& t) { return nodata(t); },
             "the sample that GDAL takes for nodata, an int or a float as the samples are; None: "
-            "the "
-            "file names none that its type can hold")
-        .def_property_readonly(
-            "epsg", [](const TileInfo& t) { return t.layout.epsg; },
-            "EPSG code of the coordinate system, or None")
-        .def("__repr__", [](const TileInfo& t) {
-            return "TileInfo(" + std::to_string(t.layout.bands) + " x " +
-                   std::to_string(t.layout.height) + " x " + std::to_string(t.layout.width) + " " +
-                   type_name(t.layout) + ", " + compression_name(t.layout.compression) + ")";
+            "the file names none that its type can hold")
+        .def_readonly("epsg", &Layout::epsg, "EPSG code of the coordinate system, or None")
+        .def("__repr__", [](const Layout& t) {
+            return "TileInfo(" + std::to_string(t.bands) + " x " + std::to_string(t.height) +
+                   " x " + std::to_string(t.width) + " " + type_name(t) + ", " +
+                   compression_name(t.compression) + ")";
         });
 
     py::class_<Report>(m, "Report", "What a filled batch met.")

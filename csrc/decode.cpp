@@ -339,7 +339,6 @@ struct Codec::State {
 };
 
 Codec::Codec() : state_(std::make_unique<State>()) {}
-Codec::Codec(Codec&&) noexcept = default;
 Codec::~Codec() = default;
 
 std::vector<Compression> Codec::available() {
@@ -714,8 +713,8 @@ std::uint32_t Region::rows_at_hand(std::uint32_t y) const {
     return std::min(area_.bottom - y, layout_.chunk_height - y % layout_.chunk_height);
 }
 
-// Hands the wanted samples to take(run, first column, first row), chunk by chunk; run.from is null
-// where a chunk was never written.
+// Hands the wanted samples to take(run, first column, first row), chunk by chunk. A chunk never
+// written is nodata or, without such a value, 0.
 template <class Take>
 Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, Take&& take) {
     const std::uint64_t down = y / layout_.chunk_height;
@@ -724,11 +723,13 @@ Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, T
     if (Status status = flat_ ? fetch(planes_[slot], y) : decompress(planes_[slot], down);
         !status.ok())
         return status;
+    const std::uint64_t absent = layout_.nodata.value_or(0);
     std::size_t column = 0;
     for (std::uint64_t i = 0; i < across_; ++i) {
         Segment part = segment(planes_[slot], down, i, y);
         if (part.row == nullptr) {
-            take(Run{nullptr, 0, part.count, 0, rows}, column, 0);
+            take(Run{reinterpret_cast<const std::uint8_t*>(&absent), 0, part.count, 0, rows},
+                 column, 0);
         } else if (direct()) {
             take(Run{part.row + part.first * pixel + place_[slot] * size, pixel, part.count,
                      row_bytes, rows},
@@ -745,26 +746,16 @@ Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, T
 Status Region::floats(std::size_t slot, std::uint32_t y, std::uint32_t rows, const Normalise& how,
                       float* to, std::ptrdiff_t step, std::int64_t& replaced) {
     const Convert convert = converter(layout_);
-    const Nodata& nodata = layout_.nodata;
     return each_run(slot, y, rows, [&](const Run& run, std::size_t column, std::uint32_t row) {
-        float* const at = to + row * step + static_cast<std::ptrdiff_t>(column);
-        if (run.from != nullptr) {
-            replaced += convert(run, how, nodata, at, step);
-            return;
-        }
-        // A chunk never written is nodata or, without such a value, 0.
-        for (std::uint32_t r = 0; r < rows; ++r)
-            std::fill_n(at + r * step, run.n, nodata ? 0.0f : (0.0f - how.mean) / how.std);
-        if (nodata) replaced += static_cast<std::int64_t>(run.n * rows);
+        replaced += convert(run, how, layout_.nodata,
+                            to + row * step + static_cast<std::ptrdiff_t>(column), step);
     });
 }
 
 Status Region::samples(std::size_t slot, std::uint32_t y, std::uint32_t rows, std::uint8_t* to,
                        std::size_t step) {
     const std::size_t size = layout_.sample_bytes;
-    const std::uint64_t absent = layout_.nodata.value_or(0);  // a sample never written
-    return each_run(slot, y, rows, [&](Run run, std::size_t column, std::uint32_t row) {
-        if (run.from == nullptr) run.from = reinterpret_cast<const std::uint8_t*>(&absent);
+    return each_run(slot, y, rows, [&](const Run& run, std::size_t column, std::uint32_t row) {
         with_word(layout_.sample_bytes, [&](auto word) {
             for (std::size_t r = 0; r < run.rows; ++r)
                 gather<decltype(word)>(run.from + r * run.row_step, run.stride, run.n,

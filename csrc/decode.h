@@ -44,7 +44,6 @@ struct Rectangle {
 class Codec {
   public:
     Codec();
-    Codec(Codec&&) noexcept;
     ~Codec();
     // Fills `to` with the first `needed` bytes of what `from` becomes, `declared` ones if the file
     // is right. Fewer than `needed` are a failure, more do not matter. `to` has room for `slack`

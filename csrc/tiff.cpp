@@ -235,14 +235,14 @@ struct Directory {
     }
 
     // The value of `tag`, the same for every band where there are several; `otherwise` if absent.
-    Status value(Tag tag, std::uint64_t otherwise, std::uint64_t& to) {
+    Status value(Tag tag, std::uint64_t otherwise, std::uint64_t& to, std::uint64_t most = 65535) {
         const Entry& entry = (*this)[tag];
         to = otherwise;
         if (!entry.present()) return {};
         if (!is_unsigned(entry.type)) return bad_tag(tag, "is not of an unsigned integer type");
         const std::uint8_t* bytes = nullptr;
         const unsigned each = type_bytes(entry.type);
-        const std::uint64_t count = std::min<std::uint64_t>(entry.count, 65535);
+        const std::uint64_t count = std::min(entry.count, most);
         if (Status status = header.view(source, entry.offset, count * each, bytes); !status.ok())
             return status;
         to = number(bytes, each, big_endian);
@@ -314,10 +314,10 @@ Status count_pages(Directory& first, std::uint64_t first_at, const Layout& layou
         Directory page{first.source, first.header, first.big_endian, first.big_tiff};
         std::uint64_t type = 0, width = 0, height = 0, bands = 0;
         Status status = page.read(at);
-        if (status.ok()) status = page.value(Tag::new_subfile_type, 0, type);
-        if (status.ok()) status = page.value(Tag::image_width, 0, width);
-        if (status.ok()) status = page.value(Tag::image_length, 0, height);
-        if (status.ok()) status = page.value(Tag::samples_per_pixel, 1, bands);
+        if (status.ok()) status = page.value(Tag::new_subfile_type, 0, type, 1);
+        if (status.ok()) status = page.value(Tag::image_width, 0, width, 1);
+        if (status.ok()) status = page.value(Tag::image_length, 0, height, 1);
+        if (status.ok()) status = page.value(Tag::samples_per_pixel, 1, bands, 1);
         if (status.ok()) status = page.next(at);
         if (!status.ok()) return status.code == Status::not_cached ? status : Status{};
         const bool is_mask = (type & 4) != 0;
@@ -371,7 +371,7 @@ Status File::read(std::uint64_t offset, void* to, std::size_t count) {
         if (cached_only) {
             const iovec part{at, count};
             got = ::preadv2(descriptor_, &part, 1, static_cast<off_t>(offset), RWF_NOWAIT);
-            if (got < 0 && errno != EINTR) return {Status::not_cached, {}};
+            if (got == 0 || (got < 0 && errno != EINTR)) return {Status::not_cached, {}};
         } else {
             got = ::pread(descriptor_, at, count, static_cast<off_t>(offset));
             if (got < 0 && errno != EINTR)

@@ -156,9 +156,11 @@ def test_a_file_that_cannot_be_kept_is_named_and_the_others_are_done(archive, tm
     tifffile.imwrite(
         archive / "pages.tif", image((3, 8, 8), "u1"), photometric="minisblack", metadata=None
     )
+    (archive / "a.txt").symlink_to("nowhere")
     done = run(archive, tmp_path / "new")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "s1/0.tif" in done.stderr and "pages.tif" in done.stderr
+    assert all(name in done.stderr for name in ("s1/0.tif", "pages.tif", "a.txt"))
+    assert " 3 of " in done.stderr
     missing = files_below(archive).keys() - files_below(tmp_path / "new").keys()
     assert missing == {Path("s1/0.tif"), Path("pages.tif")}
 

@@ -118,7 +118,7 @@ class Device:
 
     def torch(self):
         kind = lambda name: SimpleNamespace(type=name.split(":")[0])  # noqa: E731
-        return SimpleNamespace(device=kind, empty=self.empty, cuda=self.cuda)
+        return SimpleNamespace(device=kind, empty=self.empty, cuda=self.cuda, float32=None)
 
     def new_stream(self, device):
         made = Stream(self.copies_pause)
@@ -137,7 +137,7 @@ class Device:
 
         return Using()
 
-    def empty(self, shape, pin_memory):
+    def empty(self, shape, dtype, device, pin_memory):
         self.host.append(np.full(shape, np.nan, np.float32))
         return HostTensor(self, self.host[-1])
 
@@ -189,6 +189,18 @@ def test_a_bad_tile_is_raised_when_its_batch_comes(tiles):
     assert caught.value.index == 1
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_torchs_defaults_do_not_matter(tiles):
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            (batch,) = bandcrop.stream(requests_of(tiles, 1), (2, 1, SIDE, SIDE), threads=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert batch.x.dtype == torch.float32 and batch.x[:, 0, 0, 0].tolist() == values_of(1)[0]
 
 
 def test_a_device_that_it_cannot_fill_is_refused_by_name(tiles):

@@ -54,6 +54,8 @@ def repack(source: Path, target: Path, bands: list[int] | None) -> int:
 
     bands   0-based; a file that lacks one of them keeps all of its own
     """
+    if not source.is_file():
+        raise ValueError(f"{source}: is no file, or a link to none")
     tiff = is_tiff(source)
     if not tiff or (bands and max(bands) >= info(source).bands):
         bands = None

@@ -52,7 +52,8 @@ def stream(
     cuda = device.type == "cuda"
     reader = Reader(threads)
     # One buffer more than is read ahead: the one that the caller has, or that is being copied.
-    ring = [torch.empty(shape, pin_memory=cuda) for _ in range(ahead + 1)]
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    ring = [torch.empty(shape, **plain, pin_memory=cuda) for _ in range(ahead + 1)]
     copied: list[Any] = [None] * len(ring)  # events: the copy out of this buffer is done
     copies = torch.cuda.Stream(device) if cuda else None
     under_way: deque[tuple[int, dict[str, Any], Any, Any]] = deque()
@@ -112,8 +113,10 @@ def statistics(
             at = list(channels)
             try:
                 tile = info(path)
-                if expected[index, at[0]] not in (0, tile.bands):
-                    raise TileError(f"{path}: has {tile.bands} bands, not {expected[index, at[0]]}")
+                most = chosen[index, at].max() + 1
+                if tile.bands < most or expected[index, at[0]] not in (0, tile.bands):
+                    wanted = expected[index, at[0]] or f"{most} or more"
+                    raise TileError(f"{path}: has {tile.bands} bands, not {wanted}")
                 values = read(path, chosen[index, at].tolist())
             except TileError as error:
                 if bad == "raise":
