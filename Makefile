@@ -46,7 +46,7 @@ DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --ban
 
 demo: build  ## everything once on synthetic tiles, one page: under 5 minutes on 2 cores
 	@rm -rf runs/demo results/demo
-	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 640 --size 64 --resisc45 0)
+	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 640 --size 64)
 	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms --arch resnet18 --size 32 --epochs 3 --restart-epochs 3 --out runs/demo)
 	$(call stage,Probe of twelve hand-made statistics for each band,$(DEMO_PROBE) --weights stats)
 	$(call stage,Probe of a random encoder for each band,$(DEMO_PROBE) --weights random)

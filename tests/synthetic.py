@@ -1,4 +1,4 @@
-"""Write synthetic archives shaped like SEN12MS, EuroSAT, RESISC45 and DFC2020.
+"""Write synthetic archives shaped like SEN12MS, EuroSAT and DFC2020.
 
     python tests/synthetic.py data/demo                # all, in DIR/sen12ms, DIR/eurosat, ...
     python tests/synthetic.py data/demo --pairs 1000   # more pairs for pre-training
@@ -17,7 +17,6 @@ import argparse
 import os
 import shutil
 import signal
-import struct
 import sys
 import time
 import zlib
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tifffile
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image
 from scipy import fft
 
 # --------------------------------------------------------------------------------------------------
@@ -51,7 +50,6 @@ MATERIALS = {
     "ice": [3600, 3600, 3500, 3400, 3500, 3400, 3300, 3200, 3200, 1100, 20, 650, 500, -9.5, -17],
 }  # fmt: skip
 HAZE = np.array([420, 380, 300, 240, 210, 190, 170, 160, 140, 60, 1, 60, 40], np.float32)
-S2, RGB = list(range(13)), [3, 2, 1]  # columns above
 LOOKS = 4  # of the speckle, as in Sentinel-1's 10 m ground-range product
 
 
@@ -104,20 +102,6 @@ EUROSAT = {  # class: surface; None: a line of `road` or `water` through open co
 COUNTRY = ["forest", "shrubs", "meadow", "arable"]
 EUROSAT_ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 8]  # B8A last: the order in the files
 
-RESISC45 = """airplane airport baseball_diamond basketball_court beach bridge chaparral church
-circular_farmland cloud commercial_area dense_residential desert forest freeway golf_course
-ground_track_field harbor industrial_area intersection island lake meadow medium_residential
-mobile_home_park mountain overpass palace parking_lot railway railway_station rectangular_farmland
-river roundabout runway sea_ice ship snowberg sparse_residential stadium storage_tank tennis_court
-terrace thermal_power_station wetland""".split()
-# No two classes alike: 9 pairs of materials x 5 patterns. The names say nothing about the content.
-RESISC45_MATERIALS = [
-    ("canopy", "soil"), ("roof", "tarmac"), ("grass", "straw"),
-    ("sand", "water"), ("roof", "canopy"), ("snow", "water"),
-    ("straw", "shade"), ("tarmac", "grass"), ("sand", "soil"),
-]  # fmt: skip
-PATTERNS = ["smooth", "spots", "stripes", "blocks", "fields"]
-
 
 # --------------------------------------------------------------------------------------------------
 # Pictures of it
@@ -161,14 +145,14 @@ def draw_pattern(rng: np.random.Generator, size: int, pattern: str, wavelength: 
 
 
 def render(
-    rng: np.random.Generator, cover: NDArray, surfaces: list[Surface], bands: list[int] = S2
+    rng: np.random.Generator, cover: NDArray, surfaces: list[Surface]
 ) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
     """What the two satellites see of a map.
 
-    cover: [h, w] index into `surfaces`. Returns S2 [h, w, bands] uint16, reflectance x 10000, by
-    default in the order B01..B08, B8A, B09..B12, and S1 [h, w, 2] float32, VV and VH in dB.
+    cover: [h, w] index into `surfaces`. Returns S2 [h, w, 13] uint16, reflectance x 10000, in the
+    order B01..B08, B8A, B09..B12, and S1 [h, w, 2] float32, VV and VH in dB.
     """
-    size, classes, count = len(cover), len(surfaces), len(bands)
+    size, classes = len(cover), len(surfaces)
     share = np.zeros((size, size), np.float32)
     for index, surface in enumerate(surfaces):
         here = cover == index
@@ -180,15 +164,15 @@ def render(
 
     ends = [[MATERIALS[s.dark], MATERIALS[s.bright]] for s in surfaces]
     ends = np.array(ends, np.float64)  # [K, 2, 15]
-    optical, radar = ends[..., bands], ends[..., 13:]
+    optical, radar = ends[..., :13], ends[..., 13:]
     # What makes brightness unreliable: season (each surface), sun (each tile), haze.
-    season = rng.normal(0, 0.1, (classes, 1, 1)) + rng.normal(0, 0.04, (classes, 1, count))
-    sun = rng.normal(0, 0.2) + rng.normal(0, 0.03, count)
+    season = rng.normal(0, 0.1, (classes, 1, 1)) + rng.normal(0, 0.04, (classes, 1, 13))
+    sun = rng.normal(0, 0.2) + rng.normal(0, 0.03, 13)
     optical = (optical * np.exp(season + sun)).astype(np.float32)
-    dark, span = optical[:, 0], optical[:, 1] - optical[:, 0]  # [K, bands]
-    s2 = dark[cover] + span[cover] * share[..., None]  # [h, w, bands]
+    dark, span = optical[:, 0], optical[:, 1] - optical[:, 0]  # [K, 13]
+    s2 = dark[cover] + span[cover] * share[..., None]  # [h, w, 13]
     haze = abs(rng.normal(0, 0.5)) * (1 + 0.3 * smooth_noise(rng, size, size, 0.8))
-    s2 += HAZE[bands] * haze[..., None]
+    s2 += HAZE * haze[..., None]
     s2 *= 1 + 0.02 * rng.standard_normal(s2.shape, np.float32)
 
     radar += rng.normal(0, 1, (classes, 1, 2)) + rng.normal(0, 1.5)  # moisture; incidence angle
@@ -234,85 +218,8 @@ def draw_eurosat(rng: np.random.Generator, name: str) -> NDArray[np.uint16]:
     return render(rng, cover, surfaces)[0]
 
 
-def to_bytes(rgb: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Reflectance x 10000 -> 0 to 255; EuroSAT's stretch (2750 is white)."""
-    return np.clip(rgb * (255 / 2750), 0, 255).astype(np.uint8)
-
-
 # --------------------------------------------------------------------------------------------------
 # Files
-
-
-def write_tiff(
-    path: str | Path,
-    array: NDArray,
-    rows_per_strip: int = 1,
-    planar: str = "interleaved",
-    description: str = "synthetic",
-    epsg: int | None = None,
-) -> None:
-    """Write [bands, h, w] as a classic little-endian, uncompressed TIFF, tables before the pixels.
-
-    So do GDAL's files. With SEN12MS's strips (256 of 1 row, or 64 of 4) the tables end within 4 KB.
-    planar: "interleaved" (pixel by pixel) or "separate" (band after band). epsg: a projected
-    system; 10 m pixels at a made-up place. Raises ValueError for other shapes, dtypes and planars.
-    """
-    if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
-        raise ValueError(f"{path}: expected numbers [bands, h, w], got {array.dtype} {array.shape}")
-    if planar not in ("interleaved", "separate") or rows_per_strip < 1:
-        raise ValueError(f"{path}: planar {planar!r}, {rows_per_strip} rows a strip")
-    bands, height, width = array.shape
-    order = (1, 2, 0) if planar == "interleaved" else (0, 1, 2)
-    pixels = array.transpose(order).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-    planes = 1 if planar == "interleaved" else bands
-    row_bytes = len(pixels) // planes // height
-    rows = [min(rows_per_strip, height - top) for top in range(0, height, rows_per_strip)]
-    counts = [n * row_bytes for n in rows] * planes
-    short, long, double = "H", "I", "d"
-    tags: dict[int, tuple[str, list]] = {
-        256: (short, [width]),
-        257: (short, [height]),
-        258: (short, [8 * array.itemsize] * bands),
-        259: (short, [1]),  # not compressed
-        262: (short, [1]),  # photometric: 0 is black
-        270: ("s", [description.encode("ascii") + b"\0"]),
-        273: (long, [0] * len(counts)),  # strip offsets, known once the tables' length is
-        277: (short, [bands]),
-        278: (short, [rows_per_strip]),
-        279: (short if max(counts) < 65536 else long, counts),
-        284: (short, [1 if planar == "interleaved" else 2]),
-        338: (short, [0] * (bands - 1)),  # the bands after the first: unspecified
-        339: (short, [{"u": 1, "i": 2, "f": 3}[array.dtype.kind]] * bands),
-    }
-    if bands == 1:
-        del tags[338]
-    if epsg is not None:
-        tags[33550] = (double, [10.0, 10.0, 0.0])
-        tags[33922] = (double, [0.0, 0.0, 0.0, 500000.0, 5500000.0, 0.0])
-        tags[34735] = (short, [1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, epsg])
-
-    def tables(offsets: list[int]) -> bytes:
-        tags[273] = (long, offsets)
-        directory, values = struct.pack("<H", len(tags)), b""
-        free = 8 + 2 + 12 * len(tags) + 4  # where values begin that do not fit their entry
-        for tag, (form, value) in sorted(tags.items()):
-            code, count = {"s": 2, "H": 3, "I": 4, "d": 12}[form], len(value)
-            data = value[0] if form == "s" else struct.pack(f"<{count}{form}", *value)
-            directory += struct.pack("<HHI", tag, code, len(data) if form == "s" else count)
-            if len(data) <= 4:
-                directory += data.ljust(4, b"\0")
-            else:
-                directory += struct.pack("<I", free + len(values))
-                values += data + b"\0" * (len(data) % 2)  # values begin at even offsets
-        return struct.pack("<2sHI", b"II", 42, 8) + directory + struct.pack("<I", 0) + values
-
-    start = len(tables([0] * len(counts)))
-    start += -start % 16
-    ends = np.cumsum([start, *counts]).tolist()
-    if ends[-1] >= 2**32:
-        raise ValueError(f"{path}: {ends[-1]} bytes do not fit a classic TIFF")
-    Path(path).write_bytes(tables(ends[:-1]).ljust(start, b"\0") + pixels)
 
 
 def write_archive(root: Path, settings: str, fill: Callable[[Path], None]) -> bool:
@@ -367,15 +274,22 @@ def random_of(archive: str, seed: int, index: int) -> np.random.Generator:
 def write_bands(
     path: Path, tile: NDArray, rows_per_strip: int, description: str, epsg: int | None
 ) -> None:
-    """[h, w, bands] -> a pixel-interleaved file, its folder made where missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tiff(path, tile.transpose(2, 0, 1), rows_per_strip, description=description, epsg=epsg)
+    """[h, w, bands] -> a pixel-interleaved file, its folder made where missing.
 
-
-def write_jpeg(path: Path, rgb: NDArray[np.uint8], quality: int, description: str) -> None:
-    """[h, w, 3] -> a JPEG with a comment, its folder made where missing."""
+    epsg: a projected system; 10 m pixels at a made-up place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rgb).save(path, quality=quality, comment=description)
+    keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, epsg)
+    place = [
+        (33550, "d", 3, (10.0, 10.0, 0.0), True),
+        (33922, "d", 6, (0.0, 0.0, 0.0, 500000.0, 5500000.0, 0.0), True),
+        (34735, "H", 16, keys, True),
+    ]
+    tifffile.imwrite(
+        path, tile[..., 0] if tile.shape[2] == 1 else tile, photometric="minisblack",
+        planarconfig=None if tile.shape[2] == 1 else "contig", metadata=None, software=False,
+        rowsperstrip=rows_per_strip, description=description, extratags=place if epsg else (),
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,38 +327,6 @@ def write_eurosat(root: str | Path, per_class: int, seed: int) -> bool:
             write_bands(path, tile, 4, f"synthetic EuroSAT {name}", 32632)
 
     return write_archive(Path(root), f"eurosat per_class={per_class} seed={seed}", fill)
-
-
-def write_eurosat_rgb(root: str | Path, per_class: int, seed: int) -> bool:
-    """<Class>/<Class>_<n>.jpg, 64 x 64: the places of write_eurosat with the same seed."""
-
-    def fill(folder: Path) -> None:
-        for index in range(10 * per_class):
-            name, number = list(EUROSAT)[index % 10], 1 + index // 10
-            rgb = draw_eurosat(random_of("eurosat", seed, index), name)[..., RGB]
-            path = folder / name / f"{name}_{number}.jpg"
-            write_jpeg(path, to_bytes(rgb), 100, f"synthetic EuroSAT {name}")
-
-    return write_archive(Path(root), f"eurosat_rgb per_class={per_class} seed={seed}", fill)
-
-
-def write_resisc45(root: str | Path, per_class: int, seed: int, size: int = 256) -> bool:
-    """NWPU-RESISC45/<class>/<class>_<nnn>.jpg: each class two materials in one pattern."""
-
-    def fill(folder: Path) -> None:
-        for index in range(45 * per_class):
-            which, number = index % 45, 1 + index // 45
-            materials, pattern = RESISC45_MATERIALS[which // 5], PATTERNS[which % 5]
-            surface = Surface(*materials, pattern, 12 + 3 * (which // 5))
-            rng = random_of("resisc45", seed, index)
-            rgb = render(rng, np.zeros((size, size), int), [surface], RGB)[0]
-            name = RESISC45[which]
-            path = folder / "NWPU-RESISC45" / name / f"{name}_{number:03d}.jpg"
-            write_jpeg(path, to_bytes(rgb), 85, f"synthetic RESISC45 {name}")
-
-    return write_archive(
-        Path(root), f"resisc45 per_class={per_class} seed={seed} size={size}", fill
-    )
 
 
 def write_dfc2020(
@@ -500,8 +382,7 @@ def main() -> int:
     number = partial(parser.add_argument, type=count)
     number("--seed", default=0, help="another seed gives other tiles")
     number("--pairs", default=160, help="SEN12MS pairs")
-    number("--eurosat", default=40, help="EuroSAT images a class: 13 bands, JPEG")
-    number("--resisc45", default=4, help="RESISC45 images a class")
+    number("--eurosat", default=40, help="EuroSAT images a class")
     number("--dfc2020", default=[24, 48], nargs=2, help="validation and test tiles")
     number("--size", default=256, help="side of SEN12MS and DFC2020 tiles in pixels")
     args = parser.parse_args()
@@ -514,8 +395,6 @@ def main() -> int:
     archives = [  # folder, number, what, and what writes it
         ("sen12ms", args.pairs, "pairs", write_sen12ms, {"pairs": args.pairs, "size": args.size}),
         ("eurosat", 10 * args.eurosat, "images of 13 bands", write_eurosat, eurosat),
-        ("eurosat_rgb", 10 * args.eurosat, "RGB images", write_eurosat_rgb, eurosat),
-        ("resisc45", 45 * args.resisc45, "images", write_resisc45, {"per_class": args.resisc45}),
         ("dfc2020", validation + test, "validation and test tiles", write_dfc2020, dfc2020),
     ]
     archives = [archive for archive in archives if archive[1] > 0]

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,9 +26,7 @@ from PIL import Image
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import analyze  # noqa: E402
+import analyze
 
 SCRIPT = Path(analyze.__file__)
 RGB, RE, SAR = ["Red", "Green", "Blue"], ["RE5", "RE6", "RE7"], ["SAR1", "SAR2", "SAR1"]

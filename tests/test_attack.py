@@ -179,11 +179,10 @@ def links_libdeflate():
 
 
 def check_truncations(path, work, step=1):
-    """At each length: a TileError or the exact pixels. Returns how many lengths gave pixels."""
+    """At each length: a TileError or the exact pixels."""
     exact = samples_by_tifffile(path)
     shutil.copyfile(path, work)
     whole = work.stat().st_size
-    good = 0
     for length in range(whole, -1, -step):
         os.truncate(work, length)
         try:
@@ -191,7 +190,6 @@ def check_truncations(path, work, step=1):
         except bandcrop.TileError as error:
             assert length < whole and str(error).startswith(str(work))
         else:
-            good += 1
             assert np.array_equal(got, exact, equal_nan=exact.dtype.kind == "f"), length
         if length % 101 == 0:
             out, report = fill_one(work, 0, exact.shape[1:], bad="report")
@@ -199,7 +197,6 @@ def check_truncations(path, work, step=1):
                 assert not out.any()
             else:
                 np.testing.assert_array_equal(out, exact[0].astype(np.float32))
-    return good
 
 
 @pytest.mark.parametrize(
@@ -212,13 +209,13 @@ def test_every_truncation_of_a_real_file_is_refused_or_exact(tmp_path, name):
         pytest.skip(f"real data (../shared/data/{name}) not here")
     if bandcrop.info(str(path)).compression not in bandcrop.codecs():
         pytest.skip(f"this build has no {bandcrop.info(str(path)).compression}")
-    assert check_truncations(path, tmp_path / "cut.tif") >= 1
+    check_truncations(path, tmp_path / "cut.tif")
 
 
 def test_truncations_of_a_file_of_each_layout_are_refused_or_exact(tmp_path):
     for path in write_seeds(tmp_path / "seeds"):
         if bandcrop.info(path).compression in bandcrop.codecs():
-            assert check_truncations(path, tmp_path / "cut.tif", step=3) >= 1
+            check_truncations(path, tmp_path / "cut.tif", step=3)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused_or_exact(tmp_path):
@@ -793,7 +790,7 @@ def test_the_other_tests_pass_the_address_and_undefined_behaviour_sanitizers(bui
     """
     # torch does not load under it; and its allocator's locks, held by a thread at a fork, stay held
     # in the child for ever (GCC 12's: two threads of the child waited in it, once in 300 forks)
-    skipped = "not torch and not tensor and not missing_codec and not before_a_fork"
+    skipped = "not torch and not missing_codec and not before_a_fork"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), folder, "-q", "-x", "-p", "no:cacheprovider"]
         + [

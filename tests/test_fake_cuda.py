@@ -10,11 +10,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain
+import probe
+import segment
 
 CUDA = torch.device("cuda", 0)
 
@@ -67,7 +70,7 @@ def to_fake_cuda(module: nn.Module) -> nn.Module:
     return module
 
 
-# Before `fake_cuda`, which a module's first weights cannot be drawn in.
+# Before `fake_cuda`, which a module's first weights cannot be drawn in. pretrain.py first.
 @pytest.fixture(params=[("single", 0.2), ("three", 0)], ids=["single, negatives", "three"])
 def byol(request) -> pretrain.BYOL:
     mode, negatives = request.param
@@ -97,20 +100,60 @@ def test_a_training_step_with_augmentation_stays_on_the_gpu_and_never_waits(
     assert byol.student(a).dtype == dtype
 
 
-def test_the_student_sees_both_views_with_the_strides_that_it_was_compiled_for(byol, fake_cuda):
-    args = pretrain.make_parser().parse_args(["--mode", byol.mode, "--size", "64"])
-    channels = pretrain.CHANNELS[byol.mode]
-    seen = []
-    to_fake_cuda(byol).student.register_forward_pre_hook(
-        lambda module, x: seen.append((x[0].shape, x[0].stride()))
-    )
-    for fill in (torch.zeros, torch.empty):  # whatever the batch holds
-        x, draws = fill(8, channels, 64, 64, device=CUDA), fill(8, 7, device=CUDA)
-        views = pretrain.augment(x, draws, args)
-        byol(*views.contiguous(memory_format=torch.channels_last).chunk(2))
-    assert len(seen) == 4 and len(set(seen)) == 1
+# probe.py ----------------------------------------------------------------------------------------
+@pytest.fixture
+def heads() -> list[nn.Module]:
+    return [probe.build_head(512, 3) for _ in probe.CHOICES["mlp"]]
 
 
+def test_heads_train_on_the_gpu_and_never_wait(heads, fake_cuda, monkeypatch):
+    made = map(to_fake_cuda, heads)
+    monkeypatch.setattr(probe, "build_head", lambda *_: next(made))
+    monkeypatch.setattr(nn.Module, "to", lambda head, device: head)  # they are there already
+    x = torch.empty(300, 512, device=CUDA)
+    y = torch.empty(300, dtype=torch.int64, device=CUDA)
+    found = probe.fit_mlps(x, y, 3, probe.CHOICES["mlp"], 2)
+    assert found == heads and found[0](x).device == CUDA
+
+
+@pytest.fixture
+def encoder_and_head() -> nn.Module:
+    return nn.Sequential(probe.build_encoder("resnet18", 1), probe.build_head(512, 3)).eval()
+
+
+def test_fullgrad_and_the_floor_stay_on_the_gpu(encoder_and_head, fake_cuda, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda _, xs: [torch.empty_like(x) for x in xs])
+    x = torch.empty(4, 1, 64, 64, device=CUDA)
+    classes = torch.zeros(4, dtype=torch.int64, device=CUDA)
+    maps = probe.fullgrad(to_fake_cuda(encoder_and_head), x, classes)
+    assert maps.shape == (4, 64, 64) and maps.device == CUDA
+    assert probe.BandStatistics(1)(x).shape == (4, 12)
+
+
+# segment.py --------------------------------------------------------------------------------------
+@pytest.fixture(params=[False, True], ids=["frozen", "scratch"])
+def segmenter(request) -> nn.ModuleDict:
+    encoder = segment.dilate(segment.build_encoder("resnet18", 1)).requires_grad_(request.param)
+    decoder = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, 8)
+    return nn.ModuleDict({"encoder": encoder.train(request.param), "decoder": decoder})
+
+
+def test_an_epoch_of_a_decoder_stays_on_the_gpu_and_never_waits(segmenter, fake_cuda, monkeypatch):
+    monkeypatch.setattr(segment, "native_bf16", lambda device: False)  # asks the GPU
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    encoder = to_fake_cuda(segmenter)["encoder"]
+    trained = [p for p in segmenter.parameters() if p.requires_grad]
+    images, order = torch.empty(7, 1, 64, 64, device=CUDA), torch.arange(7, device=CUDA)
+    masks = torch.empty(7, 64, 64, dtype=torch.uint8, device=CUDA)
+    x = images if encoder.conv1.weight.requires_grad else segment.encode(encoder, images)
+    optimiser = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / 3)
+    batches = order.tensor_split(3)
+    mean = segment.train_epoch(segmenter, x, masks, batches, optimiser, schedule)
+    assert mean.device == CUDA and mean.shape == () and mean.dtype == torch.float32
+
+
+# The stand-in ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "fault",
     [

@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -148,7 +147,7 @@ def plain_head(x, w):
 
 def test_one_step_is_byol_rederived_in_float64():
     torch.manual_seed(3)
-    byol = pretrain.BYOL(pretrain.make_encoder("resnet18", 1), 16, 8).double()
+    byol = pretrain.BYOL(small_encoder("", 1), 16, 8).double()
     with torch.no_grad():
         for parameter in byol.teacher.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
@@ -157,10 +156,7 @@ def test_one_step_is_byol_rederived_in_float64():
     learnt = {k: v for k, v in byol.named_parameters() if not k.startswith("teacher")}
     weights = {k: v.detach().clone().requires_grad_() for k, v in learnt.items()}
     frozen = {k: v.detach().clone() for k, v in byol.teacher.named_parameters()}
-    bare = torchvision.models.resnet18()
-    bare.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    bare.fc = torch.nn.Identity()
-    bare.double().train()
+    bare = small_encoder("", 1).double()
 
     def part(w, name):
         return {k.removeprefix(name + "."): v for k, v in w.items() if k.startswith(name + ".")}
@@ -205,7 +201,7 @@ def test_with_negatives_the_loss_is_infonce_written_out():
     unit_p, unit_t = (x / x.norm(dim=1, keepdim=True) for x in (p, t))
     odds = torch.exp(unit_p @ unit_t.T / 0.2)
     expected = -torch.log(odds.diagonal() / odds.sum(1)).mean()
-    encoder = pretrain.make_encoder("resnet18", 1)
+    encoder = small_encoder("", 1)
     ours, plain = (pretrain.BYOL(encoder, 8, 8, temperature).loss for temperature in (0.2, 0))
     assert ours(p, t).item() == pytest.approx(expected.item(), rel=1e-12)
     assert plain(p, t).item() == pytest.approx(((unit_p - unit_t) ** 2).sum(1).mean().item())
@@ -236,7 +232,7 @@ def test_a_run_of_the_small_recipe_from_before_it_had_negatives_stays_byol(archi
 
 
 def test_a_step_that_loss_scaling_skips_leaves_weights_and_momentum_clean():
-    byol = pretrain.BYOL(pretrain.make_encoder("resnet18", 1), 16, 8)
+    byol = pretrain.BYOL(small_encoder("", 1), 16, 8)
     optimizer = pretrain.make_optimizer(byol, flags())
     before = [weight.detach().clone() for weight in byol.student.parameters()]
     half = torch.autocast("cpu", torch.float16)
@@ -261,26 +257,27 @@ def test_learning_rate_is_torchs_cosine_with_warm_restarts(mult):
         ), step
 
 
-# Losses of the first ten steps, and the sum of all of the encoder's absolute values, of commit
-# 35ac5a0 (November 2026, AVX2): what a run of old settings computes stays the same. Its blur was
-# 0.1 to 2 pixels at any size: at 32 that is 0.7 to 14 of a view of 224.
+# Losses of the first ten steps, and the sum of all of the encoder's absolute values (AVX2): what a
+# run of old settings computes stays the same. Three channels: a ResNet-18 at commit 35ac5a0; the
+# others: the small encoder at 9698cac, which gave the same as 35ac5a0 with a ResNet-18 in all four.
+# The blur of 35ac5a0 was 0.1 to 2 pixels at any size: at 32 that is 0.7 to 14 of a view of 224.
 OLD = {
-    ("single", "ms-sar"): (
-        [3.977471351623535, 2.6784110069274902, 1.8589539527893066, 1.5703277587890625,
-         1.5511224269866943, 1.558578610420227, 1.4753237962722778, 1.471975326538086,
-         1.410210371017456, 1.386871099472046], 2246849.4287931416),
-    ("three", "ms-sar"): (
+    ("three", "ms-sar"): (NET,
         [3.929046630859375, 2.746494770050049, 1.9501245021820068, 1.7399675846099854,
          1.7323176860809326, 1.7395484447479248, 1.6849253177642822, 1.715522289276123,
          1.722011923789978, 1.7639509439468384], 2531374.367274751),
-    ("rgb", "ms-sar"): (
-        [4.073941707611084, 2.722557544708252, 2.002317190170288, 1.4865896701812744,
-         1.7170560359954834, 1.5720484256744385, 1.2981070280075073, 1.2811920642852783,
-         1.6662267446517944, 1.2289648056030273], 4436130.775470738),
-    ("single", "ms-ms"): (
-        [3.938264846801758, 2.6941468715667725, 1.883584976196289, 1.4868582487106323,
-         1.469329833984375, 1.237020492553711, 1.0949554443359375, 1.1234285831451416,
-         1.0564957857131958, 1.0230233669281006], 2577776.4482936803),
+    ("single", "ms-sar"): ([],
+        [4.008418083190918, 2.7781715393066406, 2.1894969940185547, 1.7414385080337524,
+         1.841698169708252, 1.6683845520019531, 1.7061411142349243, 2.082855463027954,
+         1.9879121780395508, 2.1732723712921143], 423.73541977714194),
+    ("rgb", "ms-sar"): ([],
+        [4.078400135040283, 2.8650102615356445, 1.788171648979187, 1.4934196472167969,
+         1.764159917831421, 1.5901355743408203, 1.5573954582214355, 2.01588773727417,
+         1.9786380529403687, 2.1105828285217285], 825.8513488448443),
+    ("single", "ms-ms"): ([],
+        [3.9943861961364746, 2.684668779373169, 1.4461430311203003, 1.5883586406707764,
+         2.1217498779296875, 1.606443166732788, 1.2519726753234863, 2.3699073791503906,
+         2.654005527496338, 1.9225940704345703], 364.35528734464606),
 }  # fmt: skip
 
 
@@ -288,10 +285,10 @@ OLD = {
 def test_old_settings_give_the_losses_and_the_encoder_that_they_gave(
     mode, views, archive, tmp_path
 ):
-    trained("--mode", mode, "--views", views, "--root", archive, *NET, *SMALL, "--log-every", 1,
+    net, losses, size = OLD[mode, views]
+    trained("--mode", mode, "--views", views, "--root", archive, *net, *SMALL, "--log-every", 1,
             "--epochs", 4, "--max-steps", 10, "--blur-sigma", "0.7,14", "--no-compile",
             "--out", tmp_path)  # fmt: skip
-    losses, size = OLD[mode, views]
     same = torch.backends.cpu.get_cpu_capability() == "AVX2"  # else rounding differs, and grows
     assert [x["loss"] for x in log_of(tmp_path)][:3] == pytest.approx(losses[:3], rel=1e-3)
     if same:
@@ -351,6 +348,20 @@ def test_every_augmentation_can_be_switched_off():
     assert (plan.windows == [0, 0, 1, 1]).all() and not plan.orient.any() and not plan.draws.any()
     x = torch.randn(2, 3, 32, 32)
     assert pretrain.augment(x, torch.zeros(2, 7), flags(*off)) is x
+
+
+def test_rotation_erasing_and_grey_are_drawn_as_help_says():
+    draws = pretrain.plan_epoch(0, 20000, list(pretrain.BANDS), flags()).draws.reshape(-1, 7)
+    angle, box, grey = draws[:, 0], draws[:, 2:6], draws[:, 6]
+    assert (angle != 0).mean() == pytest.approx(0.5, abs=0.02)
+    assert np.degrees([angle.min(), angle.max()]) == pytest.approx([-10, 10], abs=0.02)
+    assert set(grey) == {0, 1} and grey.mean() == pytest.approx(0.2, abs=0.02)
+    erased = box[box.any(1)]
+    assert len(erased) / len(box) == pytest.approx(0.5, abs=0.02)
+    assert (erased == np.rint(erased)).all() and erased.min() == 0 and erased.max() == 224
+    area = (erased[:, 2] - erased[:, 0]) * (erased[:, 3] - erased[:, 1]) / 224**2
+    assert [area.min(), area.max()] == pytest.approx([0.02, 0.33], abs=0.003)
+    assert np.histogram(area, 4, (0.02, 0.33))[0] == pytest.approx(len(area) / 4, rel=0.04)
 
 
 def test_blur_probabilities_are_byols_and_neither_sensor_owns_one():
@@ -469,7 +480,7 @@ def test_watching_changes_nothing_and_looks_outside_the_training_pairs(archive):
     args = flags("--root", str(archive), *SMALL, "--num-pairs", "6")
     listed = pretrain.open_archive(args)
     assert not {*listed.files[0]} & {*listed.watched[0]} and len(listed.watched[0]) == 6
-    byol = pretrain.BYOL(pretrain.make_encoder("resnet18", 1), 16, 8)
+    byol = pretrain.BYOL(small_encoder("", 1), 16, 8)
     before = {name: tensor.clone() for name, tensor in byol.state_dict().items()}
     given = with_stats(listed), args, torch.device("cpu"), contextlib.nullcontext
     seen = pretrain.watch_learning(byol, *given)
@@ -480,7 +491,7 @@ def test_watching_changes_nothing_and_looks_outside_the_training_pairs(archive):
 
 
 # Runs --------------------------------------------------------------------------------------------
-def test_a_run_leaves_what_its_docstring_promises(finished, archive):
+def test_a_run_leaves_what_its_docstring_promises(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["name"] == "RS-BYOL-1" and config["pairs"]["synthetic"] is True
     assert config["settings"]["momentum"] == 0.9 and config["precision"] == "fp32"
@@ -548,7 +559,6 @@ def test_help_shows_every_default_and_every_choice_the_paper_leaves_open():
     settings = vars(pretrain.make_parser().parse_args([]))
     told = " ".join(text.split())
     for name, value in settings.items():
-        assert f"--{name.replace('_', '-')}" in text
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert f"(default: {value})" in told, name
 
@@ -696,12 +706,6 @@ def test_resume_takes_all_settings_and_refuses_others_by_name(finished, archive)
     assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
 
 
-def test_another_list_of_pairs_is_refused(copy_of, archive, tmp_path):
-    other = tmp_path / "other"
-    write_sen12ms(other, pairs=10, seed=3, size=64)
-    assert "list of pairs" in refused(2, "--resume", "--out", copy_of, "--root", other)
-
-
 def test_other_partners_and_changed_tiles_are_refused(archive, tmp_path):
     import tifffile
 
@@ -732,10 +736,10 @@ def test_other_partners_and_changed_tiles_are_refused(archive, tmp_path):
     assert "is there 2 times" in refused(1, "--mode", "single", "--pairs", table, "--out", root)
 
 
-def test_an_encoder_says_which_code_and_archive_made_it(copy_of, archive):
+def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
     with safe_open(copy_of / "encoder.safetensors", "pt") as file:
         about = file.metadata()
-    assert about["code"] == hashlib.sha256(Path(pretrain.__file__).read_bytes()).hexdigest()[:12]
+    assert about["code"] == pretrain.CODE
     config = json.loads((copy_of / "config.json").read_text())
     assert about["archive"] == config["pairs"]["sha256"][:12]
     config["versions"]["pretrain.py"] = "another"
@@ -760,27 +764,14 @@ def test_one_flipped_bit_of_a_checkpoint_is_found(copy_of):
     assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [("{", ""), ('"mean": [', '"mean": ["x", '), ('"size": 32', '"size": [1]'),
-     ('"settings"', '"set"'), ('"precision": "fp32",\n "hard', '"precision": 7,\n "hard')],
-)  # fmt: skip
-def test_a_hand_edited_config_is_one_line(old, new, copy_of):
-    file = copy_of / "config.json"
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new, 1))
-    status, _, err = here("--resume", "--out", copy_of, "--epochs", 5)
-    assert status in (1, 2) and err.count("\n") == 1, err
-
-
 def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
     """Each key taken out, or something else in its place: one line, or it does not matter."""
     file = copy_of / "config.json"
     whole = json.loads(file.read_text())
     places = [(key, None) for key in whole]
-    places += [(key, inner) for key in ("bands", "pairs", "versions") for inner in whole[key]]
+    places += [(key, inner) for key in ("bands", "pairs") for inner in whole[key]]
     places += [("settings", inner) for inner in ("exclude", "arch", "seed", "views", "size")]
+    places += [("versions", "torch")]
     for (key, inner), value in itertools.product(places, ("gone", None, ["x"])):
         edited = json.loads(json.dumps(whole))
         within, name = (edited, key) if inner is None else (edited[key], inner)
@@ -791,6 +782,8 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
         file.write_text(json.dumps(edited))
         status, _, err = here("--resume", "--out", copy_of)
         assert status in (0, 1, 2) and err.count("\n") <= 1, (key, inner, value, err)
+    file.write_text(json.dumps(whole)[1:])
+    assert "config.json is damaged" in refused(1, "--resume", "--out", copy_of)
 
 
 def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
@@ -804,7 +797,7 @@ def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
     assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
 
 
-def test_only_a_torn_last_line_of_the_log_is_cut(copy_of, finished, archive):
+def test_only_a_torn_last_line_of_the_log_is_cut(copy_of, finished):
     log = copy_of / "log.jsonl"
     whole = log.read_text()
     log.write_text(whole + '{"step": 13, "lo')
@@ -819,9 +812,8 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(archive, tmp_pa
     message = refused(1, "--mode", "single", "--root", archive, *SMALL, *REST, "--lr", "1e30",
                       "--lr-min", 0, "--checkpoint-every", 1, "--out", tmp_path)  # fmt: skip
     assert "not finite" in message and "NaN" not in (tmp_path / "log.jsonl").read_text()
-    if (tmp_path / "checkpoint.pt").exists():
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        assert all(tensor.isfinite().all() for tensor in state["byol"].values())
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["byol"].values())
 
 
 def test_a_compiler_that_fails_is_one_line_and_changes_nothing(
@@ -999,7 +991,7 @@ def test_any_archive_with_a_csv_of_pairs(mode, folder, file, more, tmp_path):
     pairs = SHARED / folder / file
     if not pairs.exists():
         pytest.skip(f"real data {folder} is not here")
-    trained("--mode", mode, "--pairs", pairs, *more, *NET, *SMALL, "--num-pairs", 8, "--epochs", 1,
+    trained("--mode", mode, "--pairs", pairs, *more, *SMALL, "--num-pairs", 8, "--epochs", 1,
             "--out", tmp_path / "run")  # fmt: skip
 
 

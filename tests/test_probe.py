@@ -660,9 +660,10 @@ def test_a_batchnorm_that_drifts_fails_the_run_and_writes_nothing(
 def test_reestimated_batchnorm_holds_the_statistics_of_the_images(eurosat, monkeypatch):
     monkeypatch.setattr(probe, "native_bf16", lambda device: False)  # to compare in fp32
     images = probe.list_images("eurosat", eurosat, None)
-    x, _ = read(images, np.arange(30), ["Red"])
-    encoder = probe.build_encoder("resnet18", 1)
-    probe.reestimate_batchnorm(encoder, iter([x]))
+    x, setup = read(images, np.arange(30), ["Red"])
+    setup.args.weights, setup.args.arch = probe.find_weights("random"), "resnet18"
+    setup.args.bn = "reestimate"
+    encoder = probe.prepare(setup, np.arange(30), 0)
     with torch.no_grad():
         first = encoder.conv1(x)
     torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)))
@@ -1122,6 +1123,12 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
     assert mean == pytest.approx([np.concatenate(valid).mean()])
     x, _ = read(images, np.array([0]), ["Red"])
     assert x[0, 0, :7].abs().max() < 1e-3  # zeros became the mean, but where a cubic reaches over
+    common = {"dataset": "csv", "weights": "stats"}
+    more = ["--bands-in-file", "B04", "--nodata", 0, "--embed", tmp_path / "x.npz"]
+    probe_run(tmp_path / "t.csv", tmp_path, *more, **common)
+    every = np.concatenate(valid)
+    lowest = (valid[0].min() - every.mean()) / every.std()
+    assert np.load(tmp_path / "x.npz")["features"][0, 2] == pytest.approx(lowest, rel=1e-5)
 
 
 def test_a_broken_tile_is_named(tmp_path, capsys):

@@ -1,14 +1,12 @@
 """segment.py: masks that stay on their images, measures, what a result depends on, frozenness."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
-import scipy.stats
 import tifffile
 import torch
 import torchvision
@@ -162,29 +160,11 @@ def test_masks_and_tiles_with_another_number_of_bands_are_refused(table, tmp_pat
     refused(capsys, 1, argv, "s1/0.tif has 2 bands, --s1-bands names 1")
 
 
-def test_statistics_leave_out_each_files_own_nodata(tmp_path):
-    lines = ["s1,s2,mask,split"]
-    for n in range(4):
-        s1, s2, mask = coded(n, 40)
-        s2[:20] = 0 if n % 2 else 4000
-        write_tile(tmp_path / f"s1/{n}.tif", s1)
-        write_tile(tmp_path / f"mask/{n}.tif", mask)
-        tag = [(42113, 2, 2, b"0\0", True)] if n % 2 else []
-        (tmp_path / "s2").mkdir(exist_ok=True)
-        tifffile.imwrite(tmp_path / f"s2/{n}.tif", s2, photometric="minisblack", extratags=tag,
-                         planarconfig="contig")  # fmt: skip
-        lines.append(f"s1/{n}.tif,s2/{n}.tif,mask/{n}.tif,train")
-    lines[-1] = lines[-1].replace("train", "test")
-    (tmp_path / "tiles.csv").write_text("\n".join(lines))
-    tiles, args = tiles_of(tmp_path / "tiles.csv", tmp_path)
-    mean, std = segment.band_statistics(tiles, np.arange(3), ["Blue"], args)
-    pixels = [tifffile.imread(tmp_path / f"s2/{n}.tif")[..., 0].astype(float) for n in range(3)]
-    pixels[1] = pixels[1][20:]  # tile 1 alone calls 0 nodata
-    every = np.concatenate([p.ravel() for p in pixels])
-    assert mean == pytest.approx([every.mean()]) and std == pytest.approx([every.std()])
-    mean, _ = segment.band_statistics(tiles._replace(nodata=4000), np.arange(3), ["Blue"], args)
-    every = np.concatenate([p[-20:].ravel() for p in pixels])  # others' 4000 is none now
-    assert mean == pytest.approx([every.mean()])
+def test_nodata_that_is_named_is_left_out_of_the_statistics(table, tmp_path):
+    segment_run(table, tmp_path, "--epochs", 1, "--nodata", 1000)  # Blue of id 0
+    [result] = results(tmp_path)
+    pixels = np.stack([tifffile.imread(table.parent / f"s2/{n}.tif")[..., 0] for n in range(8)])
+    assert result["config"]["mean"] == pytest.approx([pixels[pixels != 1000].mean()])
 
 
 # ------------------------------------------------------------------------------------- measures
@@ -371,10 +351,8 @@ def test_a_result_follows_the_schema_and_a_rerun_skips_it(table, tmp_path, monke
     assert [Image.open(sheet).size for sheet in sheets] == [(900, 396)] * 2  # a row each
     for path in tmp_path.iterdir():
         assert f"wrote {path}" in said
-    table_of = [line for line in said.splitlines() if line.startswith("Blue  ")]
-    scores = [result["metrics"]["miou"] for result in (first, second)]
-    low, high = scipy.stats.t.interval(0.95, 1, np.mean(scores), scipy.stats.sem(scores))
-    assert f"{np.mean(scores):.3f} ± {(high - low) / 2:.3f}" in table_of[0]
+    mean = np.mean([result["metrics"]["miou"] for result in (first, second)])
+    assert f"\nBlue  {mean:.3f} ± " in said
     monkeypatch.setattr(segment, "train", lambda *_: pytest.fail("trained again"))
     segment_run(table, tmp_path, "--seeds", 2, "--maps", 1, "--epochs", 1)
     assert capsys.readouterr().out.count("done before") == 2
@@ -482,8 +460,9 @@ def write_dfc2020(root: Path, copernicus: bool, s1_type=np.float64, mask_type=np
     return root
 
 
-@pytest.mark.parametrize("copernicus", [False, True])
-@pytest.mark.parametrize("types", [(np.float64, np.int32), (np.float32, np.uint8)])
+@pytest.mark.parametrize(
+    "copernicus, types", [(False, (np.float64, np.int32)), (True, (np.float32, np.uint8))]
+)
 def test_both_dfc2020_layouts_are_read(tmp_path, copernicus, types):
     root = write_dfc2020(tmp_path / "dfc2020_s1s2", copernicus, *types)
     argv = ["--dataset", "dfc2020", "--root", str(root), "--band", "VV", "--out", str(tmp_path)]
@@ -587,18 +566,9 @@ def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     [
         ("s1,s2\na,b", ("line 1", "mask")),
         ("s1,s2,mask\na,b,c", ("line 2: no file", "/c")),
-        ("s1,s2,mask\na,b", ("line 2",)),
-        ('s1,s2,mask\n"a,b,c\na,b,c', ("line 2",)),
-        ("s1;s2;mask\na;b;c", ("line 1", "commas")),
         ("s1,s2,mask,split\na,b,c,training", ("line 2", "'training'")),
-        ("s1,s2,mask\n", ("no row",)),
     ],
 )
 def test_a_fault_of_the_table_is_one_line_with_its_place(tmp_path, capsys, text, words):
     (tmp_path / "tiles.csv").write_text(text)
     refused(capsys, 1, settings(tmp_path / "tiles.csv", tmp_path), *words)
-
-
-def test_a_table_that_is_a_named_pipe_is_one_line(tmp_path, capsys):
-    os.mkfifo(tmp_path / "tiles.csv")
-    refused(capsys, 2, settings(tmp_path / "tiles.csv", tmp_path), "tiles.csv")
