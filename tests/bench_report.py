@@ -22,13 +22,6 @@ def show(value: tuple[float, float, float], form: str = ".2f") -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def verdict(value: tuple[float, float, float], aim: float, at_most: bool = False) -> str:
-    """The aim, and whether the median meets it."""
-    met = value[0] <= aim if at_most else value[0] >= aim
-    near = " (within the interval)" if value[1] <= aim <= value[2] else ""
-    return f"{'<=' if at_most else '>='} {aim:g} " + ("met" if met else f"MISSED{near}")
-
-
 def table(title: str, head: str, rows: list[list[str]], notes: str) -> None:
     columns = head.split("|")
     print(f"\n### {title}\n\n{notes}\n")
