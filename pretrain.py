@@ -330,7 +330,9 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def contrast(prediction: Tensor, target: Tensor, temperature: float) -> Tensor:
     """InfoNCE (van den Oord et al. 2018): which of the N targets is the prediction's own?"""
     p, t = F.normalize(widen(prediction), dim=1), F.normalize(widen(target), dim=1)
-    return F.cross_entropy(p @ t.T / temperature, torch.arange(len(p), device=p.device))
+    with torch.autocast(p.device.type, enabled=False):  # else the cosines would be bf16 or fp16
+        logits = p @ t.T / temperature
+    return F.cross_entropy(logits, torch.arange(len(p), device=p.device))
 
 
 def make_optimizer(byol: nn.Module, args: Namespace) -> torch.optim.SGD:
@@ -729,6 +731,13 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Also by what cuDNN, cuBLAS and the CPU's allocator say; the last: no workspace fits."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+             "unable to find an engine")  # fmt: skip
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def new_config(
     args: Namespace, archive: Archive, measured: tuple[list[float], list[float]],
     device: torch.device, precision: str,
@@ -806,9 +815,9 @@ def load_checkpoint(path: Path, parts: dict) -> dict:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
         return state
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # a damaged file fails in many ways
+        if out_of_memory(error):
+            raise
         fail(1, f"{path} is damaged or of another version ({reason(error)}): start again with "
              "another --out")  # fmt: skip
 
@@ -899,7 +908,7 @@ def watch_learning(
 def native_bf16(device: torch.device) -> bool:
     """Whether this device computes in bf16 faster than in fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -952,12 +961,12 @@ def first_step(byol: BYOL, take: Callable[[], Tensor]) -> Tensor:
         byol.student.compile(dynamic=False)
         byol.teacher.compile(dynamic=False)
         return take()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         warn(f"torch.compile fails here, going on without it: {reason(error)}")
-        byol.student._compiled_call_impl = byol.teacher._compiled_call_impl = None
-        return take()
+    byol.student._compiled_call_impl = byol.teacher._compiled_call_impl = None
+    return take()  # here, where `error` no longer holds the failed step's activations
 
 
 def listen() -> list[int]:
@@ -1094,6 +1103,7 @@ def main() -> int:
     watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
+    timed = began_at  # the step at `since`
 
     shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
     wanted = requests(archive, args, range(step, end))
@@ -1109,7 +1119,8 @@ def main() -> int:
         a, b = views.chunk(2)
         lr = learning_rate(step, per_epoch, args)
         take = partial(train_step, model, optimizer, scaler, a, b, lr, args.tau, autocast)
-        sums[:3] += first_step(byol, take) if args.compile and step == began_at else take()
+        compiles = args.compile and step == began_at
+        sums[:3] += first_step(byol, take) if compiles else take()
         sums[3] += WORLD * int(batch.report.replaced.sum())  # sums are means over processes
         step = state["step"] = step + 1
         waited, now = waited + batch.waited, time.monotonic()
@@ -1131,7 +1142,7 @@ def main() -> int:
             now = time.monotonic()
             if not math.isfinite(total):
                 diverged(out, step)
-            speed = min(count, step - began_at) * args.batch_size / (now - since)
+            speed = (step - timed) * args.batch_size / (now - since)
             timing = {"seconds": now - began, "pairs_per_second": speed,
                       "data_wait": waited / (now - since)}  # fmt: skip
             record = {
@@ -1149,7 +1160,9 @@ def main() -> int:
             if line:
                 print(json.dumps(record), file=log, flush=True)
                 sums.zero_()
-                waited, since = 0.0, time.monotonic()
+                waited, since, timed = 0.0, time.monotonic(), step
+        elif compiles:  # minutes that say nothing of the speed
+            waited, since, timed = 0.0, time.monotonic(), step
         if cycle_ends:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
@@ -1180,8 +1193,7 @@ def run() -> int:
     except (OSError, bandcrop.TileError) as error:
         fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:
-        words = ("out of memory", "allocate memory", "ALLOC_FAILED")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        if not out_of_memory(error):
             raise
         fail(1, f"out of memory: use a smaller --batch-size or --size: {reason(error)}")
 

@@ -410,7 +410,7 @@ def find_device(text: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         fail(2, f"--device {text}: use auto, cpu, cuda or cuda:N")
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).add_(1).item()  # fails where this build has no kernels for it
     except (RuntimeError, AssertionError) as error:
         fail(2, f"--device {text} cannot be used: {str(error).splitlines()[0]}")
     return torch.device(name)
@@ -466,7 +466,7 @@ def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> Non
 def native_bf16(device: torch.device) -> bool:
     """Whether this device computes in bf16 faster than in fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -498,7 +498,9 @@ def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Feature maps of the images; where they take too much memory the images themselves, which are
     then encoded in every epoch: on a GPU that takes no longer than to fetch maps from the host."""
     if images.is_cuda:
-        free = torch.cuda.mem_get_info(images.device)[0]
+        free = torch.cuda.mem_get_info(images.device)[0]  # and what torch keeps for later
+        free += torch.cuda.memory_reserved(images.device)
+        free -= torch.cuda.memory_allocated(images.device)
     else:  # kB stand there
         free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     progress = Progress("tiles encoded")
@@ -896,7 +898,9 @@ def main(args: argparse.Namespace) -> None:
             print_table(args.out, paths, metric)
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "find an engine" not in str(error):
+            raise  # the other words are cuDNN's, where no workspace fits
         fail(1, f"{args.device} has too little memory: lower --batch-size, --num-images or --size")
 
 

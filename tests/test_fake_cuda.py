@@ -140,12 +140,15 @@ def segmenter(request) -> nn.ModuleDict:
 
 def test_an_epoch_of_a_decoder_stays_on_the_gpu_and_never_waits(segmenter, fake_cuda, monkeypatch):
     monkeypatch.setattr(segment, "native_bf16", lambda device: False)  # asks the GPU
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**40)  # torch's, and free
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     encoder = to_fake_cuda(segmenter)["encoder"]
     trained = [p for p in segmenter.parameters() if p.requires_grad]
     images, order = torch.empty(7, 1, 64, 64, device=CUDA), torch.arange(7, device=CUDA)
     masks = torch.empty(7, 64, 64, dtype=torch.uint8, device=CUDA)
     x = images if encoder.conv1.weight.requires_grad else segment.encode(encoder, images)
+    assert (x is images) == encoder.training
     optimiser = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / 3)
     batches = order.tensor_split(3)

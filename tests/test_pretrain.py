@@ -205,6 +205,9 @@ def test_with_negatives_the_loss_is_infonce_written_out():
     ours, plain = (pretrain.BYOL(encoder, 8, 8, temperature).loss for temperature in (0.2, 0))
     assert ours(p, t).item() == pytest.approx(expected.item(), rel=1e-12)
     assert plain(p, t).item() == pytest.approx(((unit_p - unit_t) ** 2).sum(1).mean().item())
+    exact = ours(p.float(), t.float()).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(p.float(), t.float()).item() == pytest.approx(exact, rel=1e-6)
 
 
 def test_negatives_are_named_in_the_run_and_in_its_encoder(archive, tmp_path, monkeypatch):
@@ -826,6 +829,40 @@ def test_a_compiler_that_fails_is_one_line_and_changes_nothing(
     same_run(tmp_path, finished)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+     RuntimeError("FIND was unable to find an engine to execute this computation")],
+)  # fmt: skip
+def test_out_of_memory_is_one_line_and_not_taken_for_a_compiler_that_fails(
+    error, archive, tmp_path, monkeypatch
+):
+    step = mock.Mock(side_effect=error)
+    monkeypatch.setattr(pretrain, "train_step", step)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    common = ["--mode", "single", "--root", archive, *SMALL, "--compile", "--out", tmp_path]
+    assert "out of memory: use a smaller --batch-size" in refused(1, *common)
+    assert step.call_count == 1
+
+
+def test_compiling_does_not_count_as_slow_training(archive, tmp_path, monkeypatch):
+    def first_step(byol, take):
+        time.sleep(2)
+        return take()
+
+    monkeypatch.setattr(pretrain, "first_step", first_step)
+    trained("--mode", "single", "--root", archive, *SMALL, "--compile", "--max-steps", 2,
+            "--out", tmp_path)  # fmt: skip
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["step"] == 2 and line["timing"]["pairs_per_second"] > 4  # 8 pairs in 2 s, else
+
+
+def test_bf16_is_asked_of_the_gpu_that_is_used(monkeypatch):
+    capability = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability[gpu.index])
+    assert [pretrain.native_bf16(torch.device("cuda", i)) for i in (0, 1)] == [True, False]
+
+
 # Data that is not as it should be ----------------------------------------------------------------
 @pytest.fixture
 def damaged(tmp_path) -> Path:
@@ -1056,6 +1093,8 @@ def test_a_gpu_trains_and_the_cpu_resumes(precision, gpu, archive, tmp_path):
     done = subprocess.run(
         command(*common, "--max-steps", 6), env=gpu, capture_output=True, text=True
     )
+    if "has no bf16" in done.stderr:
+        pytest.skip("this GPU has no bf16")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     trained("--resume", "--out", out, *NET, "--device", "cpu")
     assert all(math.isfinite(line["loss"]) for line in log_of(out))

@@ -1131,6 +1131,15 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
     assert np.load(tmp_path / "x.npz")["features"][0, 2] == pytest.approx(lowest, rel=1e-5)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_is_one_line(photos, tmp_path, capsys, monkeypatch, error):
+    def fill(*_):
+        raise error("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(probe, "encode", fill)
+    refused(capsys, 1, settings(photos, tmp_path), "too little memory", "--size")
+
+
 def test_a_broken_tile_is_named(tmp_path, capsys):
     root = write_eurosat(tmp_path / "eurosat")
     broken = root / "River" / "River_3.tif"

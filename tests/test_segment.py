@@ -541,6 +541,15 @@ def test_real_bigearthnet_tiles_run(tmp_path):
     assert -30 < result["config"]["mean"][0] < -5  # dB
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_is_one_line(table, tmp_path, capsys, monkeypatch, error):
+    def fill(*_):
+        raise error("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(segment, "train", fill)
+    refused(capsys, 1, settings(table, tmp_path), "too little memory", "--batch-size")
+
+
 def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     dfc = ["--dataset", "dfc2020", "--band", "RE5"]
     refused(capsys, 2, [*dfc, "--s2-bands", "B02"], "--s2-bands is for --dataset csv")

@@ -112,16 +112,19 @@ class Device:
     def __init__(self, copies_pause, compute_pause):
         self.current = self.compute = Stream(compute_pause)
         self.copies_pause, self.host, self.device = copies_pause, [], SimpleNamespace
+        self.copy_streams = 0
         self.cuda = SimpleNamespace(
-            Stream=self.new_stream, stream=self.using, current_stream=lambda device: self.current
-        )
+            Stream=self.new_stream, stream=self.using, current_stream=lambda device: self.current,
+            current_device=lambda: 0,
+        )  # fmt: skip
 
     def torch(self):
-        kind = lambda name: SimpleNamespace(type=name.split(":")[0])  # noqa: E731
+        sys.modules["bandcrop.stream"].copy_stream.cache_clear()  # another device's
+        kind = lambda name: SimpleNamespace(type=name.split(":")[0], index=None)  # noqa: E731
         return SimpleNamespace(device=kind, empty=self.empty, cuda=self.cuda, float32=None)
 
     def new_stream(self, device):
-        made = Stream(self.copies_pause)
+        made, self.copy_streams = Stream(self.copies_pause), self.copy_streams + 1
         made.free = []
         return made
 
@@ -164,6 +167,21 @@ def test_no_buffer_is_written_while_it_is_copied_nor_read_before(tiles, monkeypa
         del batch  # its memory may be given to the next copy
     device.synchronize()
     assert seen == values_of(24)
+
+
+def test_a_device_has_one_stream_for_copies_also_where_two_are_read_at_once(tiles, monkeypatch):
+    device = Device(lambda: 0.002, lambda: 0.002)
+    monkeypatch.setitem(sys.modules, "torch", device.torch())
+    seen, within = [], []
+    for number, batch in enumerate(
+        bandcrop.stream(requests_of(tiles, 6), (2, 1, SIDE, SIDE), "cuda")
+    ):
+        if number % 2:
+            for other in bandcrop.stream(requests_of(tiles, 3), (2, 1, SIDE, SIDE), "cuda"):
+                device.kernel(other.x, within)
+        device.kernel(batch.x, seen)
+    device.synchronize()
+    assert seen == values_of(6) and within == values_of(3) * 3 and device.copy_streams == 1
 
 
 # --- order, sizes, ends ------------------------------------------------------------------------

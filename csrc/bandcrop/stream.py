@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,14 @@ class Batch(NamedTuple):
     request: dict[str, Any]  # as it was given
     report: Report
     waited: float  # seconds that the caller waited for files
+
+
+@cache
+def copy_stream(index: int) -> Any:
+    """One for each GPU: torch keeps memory that was freed on a stream for that stream."""
+    import torch
+
+    return torch.cuda.Stream(index)
 
 
 def stream(
@@ -55,7 +64,8 @@ def stream(
     plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
     ring = [torch.empty(shape, **plain, pin_memory=cuda) for _ in range(ahead + 1)]
     copied: list[Any] = [None] * len(ring)  # events: the copy out of this buffer is done
-    copies = torch.cuda.Stream(device) if cuda else None
+    current = torch.cuda.current_device() if cuda and device.index is None else device.index
+    copies = copy_stream(current) if cuda else None
     under_way: deque[tuple[int, dict[str, Any], Any, Any]] = deque()
 
     def oldest() -> Batch:
