@@ -107,12 +107,13 @@ for folder in ("sar_rgb_pairs", "s1s2_scenes", "flood_pairs", "bigearthnet"):
 (out / "pairs.csv").write_text("\n".join(rows) + "\n")
 END
 on_varied() { # 89 steps an epoch, cycles of 10, 20 and 40 epochs
-    pretrain "$@" --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH \
-        --recipe small --epochs 30
+    name=$1 && shift
+    pretrain "$name" --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH \
+        --recipe small --epochs 10 "$@"
 }
 for seed in 0 1 2; do
     on_varied "varied-seed$seed" --seed $seed --negatives 0
-    on_varied "negatives-seed$seed" --seed $seed --negatives 0.2
+    on_varied "negatives-seed$seed" --seed $seed --negatives 0.2 --epochs 70 # encoders at 10, 30 and 70
     on_varied "varied-ms-only-seed$seed" --seed $seed --negatives 0 --views ms-ms
     on_varied "varied-crops-seed$seed" --seed $seed --crop-area 0.25
 done
