@@ -70,7 +70,8 @@ def to_fake_cuda(module: nn.Module) -> nn.Module:
     return module
 
 
-# Before `fake_cuda`, which a module's first weights cannot be drawn in. pretrain.py first.
+# Modules are fixtures before `fake_cuda`, in which first weights cannot be drawn.
+# pretrain.py -------------------------------------------------------------------------------------
 @pytest.fixture(params=[("single", 0.2), ("three", 0)], ids=["single, negatives", "three"])
 def byol(request) -> pretrain.BYOL:
     mode, negatives = request.param
