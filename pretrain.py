@@ -731,13 +731,6 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Also by what cuDNN, cuBLAS and the CPU's allocator say; the last: no workspace fits."""
-    words = ("out of memory", "allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
-             "unable to find an engine")  # fmt: skip
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
 def new_config(
     args: Namespace, archive: Archive, measured: tuple[list[float], list[float]],
     device: torch.device, precision: str,
@@ -904,7 +897,7 @@ def watch_learning(
 
 
 # Loop ---------------------------------------------------------------------------------------------
-# >>> shared: precision
+# >>> shared: device
 def native_bf16(device: torch.device) -> bool:
     """Whether this device computes in bf16 faster than in fp32."""
     if device.type == "cuda":
@@ -912,7 +905,15 @@ def native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# <<< shared: precision
+def out_of_memory(error: Exception) -> bool:
+    """Also by what cuDNN, cuBLAS and the CPU's allocator say; the last: no workspace fits."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+             "unable to find an engine")  # fmt: skip
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
+
+
+# <<< shared: device
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, str]:

@@ -774,7 +774,7 @@ def assert_unchanged(encoder: nn.Module, before: dict[str, torch.Tensor]) -> Non
 # <<< shared: encoder
 
 
-# >>> shared: precision
+# >>> shared: device
 def native_bf16(device: torch.device) -> bool:
     """Whether this device computes in bf16 faster than in fp32."""
     if device.type == "cuda":
@@ -782,7 +782,15 @@ def native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# <<< shared: precision
+def out_of_memory(error: Exception) -> bool:
+    """Also by what cuDNN, cuBLAS and the CPU's allocator say; the last: no workspace fits."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+             "unable to find an engine")  # fmt: skip
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
+
+
+# <<< shared: device
 
 
 # ------------------------------------------------------------------------------- others' weights
@@ -1285,8 +1293,8 @@ def main(args: argparse.Namespace) -> None:
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "find an engine" not in str(error):
-            raise  # the other words are cuDNN's, where no workspace fits
+        if not out_of_memory(error):
+            raise
         fail(1, f"{args.device} has too little memory: lower --size")
 
 

@@ -120,10 +120,6 @@ def make_ours(
     return step
 
 
-def place(model: nn.Module) -> nn.Module:
-    return model.to(DEVICE, memory_format=torch.channels_last)
-
-
 def make_lightly(settings: argparse.Namespace, views: Tensor) -> Callable[[], None]:
     """The BYOL example of lightly's documentation (1.6): its model, loss and loop."""
     from lightly.loss import NegativeCosineSimilarity
@@ -135,7 +131,8 @@ def make_lightly(settings: argparse.Namespace, views: Tensor) -> Callable[[], No
     backbone = nn.Sequential(*list(resnet.children())[:-1])
     projection = BYOLProjectionHead(resnet.fc.in_features, settings.hidden, settings.projection)
     prediction = BYOLPredictionHead(settings.projection, settings.hidden, settings.projection)
-    model = place(nn.ModuleList([backbone, projection, prediction]))
+    model = nn.ModuleList([backbone, projection, prediction])
+    model.to(DEVICE, memory_format=torch.channels_last)
     momentum = copy.deepcopy(model[:2])
     deactivate_requires_grad(momentum)
     criterion = NegativeCosineSimilarity()
@@ -169,7 +166,7 @@ def make_torchgeo(settings: argparse.Namespace, views: Tensor) -> Callable[[], N
     widths = {"hidden_size": settings.hidden, "projection_size": settings.projection}
     backbone = timm.create_model(settings.arch, in_chans=1)
     task.model = BYOL(backbone, image_size=(settings.size,) * 2, in_channels=1, **widths)
-    place(task)
+    task.to(DEVICE, memory_format=torch.channels_last)
     task.log = lambda *_, **__: None
     optimizer = pretrain.make_optimizer(task, settings)
     batch = {"image": torch.cat(list(views), dim=1)}  # [N, 2, S, S]: it takes them apart again

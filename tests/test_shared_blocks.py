@@ -25,7 +25,7 @@ def test_every_copy_of_a_shared_block_is_equal():
         for name, block in blocks:
             found.setdefault(name, []).append(block)
     assert {name: len(copies) for name, copies in found.items()} == {
-        "bands": 3, "results": 2, "encoder": 2, "precision": 3,
+        "bands": 3, "results": 2, "encoder": 2, "device": 3,
     }  # fmt: skip
     for name, (first, *others) in found.items():
         assert all(other == first for other in others), name
