@@ -82,5 +82,5 @@ proof: build  ## pre-train and judge on real images, as tests/PROOF.md reports: 
 	tests/proof.sh $(PY)
 
 clean:  ## remove what make built; data, runs, results and the report stay
-	rm -rf build dist *.egg-info *.so .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info *.so csrc/bandcrop/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

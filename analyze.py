@@ -46,12 +46,13 @@ SHOWN = {"probe": {"f1_macro": "F1"}, "segment": {"miou": "mIoU", "aa": "AA"}}
 # Results that differ in a field of SECTION never meet; TABLE sets apart the tables of a section.
 SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "classes", "head")
 TABLE = ("channels", "train_images")
+DATA = "files images parts places ignored nodata".split()  # in config: what was learnt and judged
 # In config: what changes with the seed, or says nothing of how the weights were used
 NOT_SETTINGS = set(
     "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated"
-    " encoder unseen_bands device precision losses cached file root seconds train_images"
-    " validation".split()
+    " encoder unseen_bands device losses cached root seconds train_images validation".split()
 )
+USAGE = ("bn", "stats", "epochs", "bf16")  # told of every row where rows of a section differ in it
 # flags of pretrain.py that say where, how fast and until when, not how
 IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
 DATASETS = {
@@ -60,8 +61,8 @@ DATASETS = {
 }  # fmt: skip
 SHORT_NAMES = {"Random init": "random", "Scratch supervised": "scratch"}
 OTHERS = [  # weights that are not ours, in the tables' order
-    "random", "stats", "scratch", "ImageNet supervised", "ImageNet supervised V2",
-    "MS-COCO DeepLabV3", "BYOL ImageNet", "SeCo",
+    "random", "stats", "scratch", "ImageNet supervised", "MS-COCO DeepLabV3", "BYOL ImageNet",
+    "SeCo",
 ]  # fmt: skip
 DRAWN = ("random", "scratch")  # new weights for each seed
 OTHER_HEADS = ("linear", "knn")  # than the paper's
@@ -178,19 +179,21 @@ class Result:
         self.train_images = None if labels is None else int(labels)  # None: not limited
         self.size, self.head = clean(config.get("size")), clean(config.get("head"))
         self.classes = tuple(map(clean, config["classes"]))
-        self.data = clean(config.get("files") or config.get("images"))[:16]  # a digest
+        used = json.dumps([config.get(key) for key in DATA], sort_keys=True)
+        self.data = sha256(used.encode()).hexdigest()[:8]
         self.synthetic = config.get("synthetic") is True
         self.channels, self.seed = len(bands), int(saved["seed"])
         self.bands = TRIPLES.get(tuple(bands), clean("+".join(bands)))  # "RE5", "RGB"
         self.metrics = {key: share(saved["metrics"][key]) for key in SHOWN[stage]}
         per_class = saved["metrics"].get("iou_per_class") or {}
         self.per_class = {clean(k): share(v) for k, v in per_class.items() if v is not None}
-        self.overlap = 0.0  # test images for each training image where seeds redraw the split
-        if self.split == "random":  # few labels come from the 80 % that are no test images
+        self.overlap = 0.0  # where seeds redraw the test set: test images for each other image
+        if self.split == "random" or (stage == "probe" and subset):
             self.overlap = 0.25 if labels else config["test"] / config["train"]
 
         self.name = SHORT_NAMES.get(name, name)
-        self.ours = self.name.removesuffix(" fine-tuned") not in OTHERS
+        known = self.name.removesuffix(" fine-tuned") in OTHERS
+        self.ours = not known and not self.name.startswith("other ")  # that: any ResNet's
         source = Path(clean(weights.get("source")))  # in short: "run", "run/encoder-epoch0070"
         parts = (source.parent.name, source.stem)
         self.file = "" if self.name in DRAWN else clean(weights.get("sha256"))
@@ -246,13 +249,10 @@ def groups(results: Iterable[Result], *fields: str) -> dict[tuple, list[Result]]
 def label_rows(results: list[Result]) -> None:
     """Set `label` of one section's results: the name, and what tells rows of one name apart."""
     places = {r.file: r.place for r in results if r.file}
-    frozen = {r.setting("bn") for r in results} - {""}
+    common = {key for key in USAGE if len({r.setting(key) for r in results} - {""}) > 1}
     for alike in groups(results, "name", "channels").values():
-        apart = {"bn"} if len(frozen) > 1 else set()
-        for key in {key for r in alike for key in r.config} - NOT_SETTINGS:
-            for same in groups(alike, "bands").values() if key == "places" else [alike]:
-                if len({r.setting(key) for r in same}) > 1:
-                    apart.add(key)
+        keys = {key for r in alike for key in r.config} - NOT_SETTINGS - {*DATA}
+        apart = common | {key for key in keys if len({r.setting(key) for r in alike}) > 1}
         for r in alike:
             r.usage = tuple(f"{key} {r.setting(key)}" for key in sorted(apart) if r.setting(key))
             r.usage += ("synthetic tiles",) * r.synthetic_tiles
@@ -364,9 +364,10 @@ def half_width(error: float, df: float, alpha: float = ALPHA) -> float:
 def summarise(values: np.ndarray, overlap: float = 0.0) -> tuple[float, float]:
     """Mean and half width of its 95 % t-interval, which is NaN for fewer than two values.
 
-    overlap: test images for each training image where the values come from random splits of one
-    data set, else 0: the variance of the mean is taken as (1/J + overlap) times the values'
-    (Nadeau and Bengio, Inference for the generalization error, 2003).
+    overlap: test images for each image that is none, where the values come from random splits of
+    one data set, else 0: the variance of the mean is taken as (1/J + overlap) times the values'
+    (Nadeau and Bengio, Inference for the generalization error, 2003). Few labels are drawn from
+    all that are no test images, so that their number does not enter.
     """
     if len(values) < 2:
         return (float(values[0]) if len(values) else math.nan), math.nan
@@ -431,14 +432,17 @@ def correct(tests: list[Test]) -> None:
 Values = dict[tuple[str, str], dict[int, float]]  # (row, bands) -> seed -> one metric
 
 
-def matched(values: Values, rows: list[str], bands: list[str]) -> tuple[list[str], np.ndarray]:
-    """Those of `bands` that all rows have for most seeds, and float [rows, bands, seeds]."""
+def matched(
+    values: Values, rows: list[str], bands: list[str], seeds_first: bool = False
+) -> tuple[list[str], np.ndarray]:
+    """Those of `bands` that all rows have, and float [rows, bands, seeds] over their common seeds;
+    seeds_first: only the bands with most seeds."""
     seeds = {
         band: set.intersection(*(set(values.get((row, band), ())) for row in rows))
         for band in bands
     }
-    most = max(map(len, seeds.values()), default=0)  # of one that is still being probed: fewer
-    both = [band for band in bands if most and len(seeds[band]) == most]
+    most = max(map(len, seeds.values()), default=0)
+    both = [band for band in bands if len(seeds[band]) >= (most if seeds_first else 1) > 0]
     common = sorted(set.intersection(*(seeds[band] for band in both))) if both else []
     x = [[[values[row, band][seed] for seed in common] for band in both] for row in rows]
     return both, np.array(x, float).reshape(len(rows), len(both), len(common))
@@ -452,7 +456,7 @@ def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[
     weights drawn anew for each seed, by Welch; against a row that is one thing, such as `stats`, by
     the differences of its pre-trainings from it.
     """
-    both, x = matched(values, a + b, bands)
+    both, x = matched(values, a + b, bands, test.kind == "over seeds")
     test.bands = " ".join(both)
     if not x.size:
         test.note = "no band and seed in common"
@@ -528,7 +532,7 @@ class Table:
         """Number, mean and half width of a row's means over `bands`: one for each seed, or for each
         pre-training of a recipe. None where the row lacks one of the bands."""
         held, x = matched(self.values[metric], self.recipes.get(row, [row]), bands)
-        if len(held) < len(bands):
+        if len(held) < len(bands) or not x.size:
             return 0, math.nan, math.nan
         if row in self.recipes:
             return len(x), *summarise(x.mean((1, 2)))
@@ -601,10 +605,14 @@ def make_tests(table: Table, metric: str) -> list[Test]:
         overlap = max(kept[a].overlap, kept[b].overlap)
         kinds = ["over seeds"] + ["over bands"] * (len(table.bands) > 2)
         for kind in ["over pre-trainings"] if a in table.recipes else kinds:
-            test = compare(table.values[metric], Test(kind, family, metric, a, b),
-                           table.recipes.get(a, [a]), table.recipes.get(b, [b]), table.bands,
-                           overlap, kept[b].name in DRAWN)  # fmt: skip
+            test = Test(kind, family, metric, a, b)
             families.setdefault((kind, family), []).append(test)
+            if kept[a].config.get("task") != kept[b].config.get("task"):
+                test.note = "probed with other settings"
+                continue
+            compare(table.values[metric], test, table.recipes.get(a, [a]),
+                    table.recipes.get(b, [b]), table.bands, overlap, kept[b].name in DRAWN
+                    )  # fmt: skip
     for family in families.values():
         correct(family)
     return list(itertools.chain(*families.values()))
@@ -623,7 +631,7 @@ def clause(test: Test, form: str) -> str:
     where = ", ".join(bands) if len(bands) < 4 else f"{len(bands)} bands"
     gap = f"{test.difference:+{form}} {test.metric}" + f" on {where}" * bool(bands)
     if math.isnan(test.p):
-        return f"is not tested against {test.b} ({gap}; {test.note})"
+        return f"is not tested against {test.b} ({f'{gap}; ' * bool(bands)}{test.note})"
     p = f"= {test.p_holm:.4f}" if test.p_holm >= 0.0001 else "< 0.0001"
     evidence = f"({test.low_holm:+{form}} to {test.high_holm:+{form}}, p {p})"
     if test.p_holm >= ALPHA:
@@ -679,7 +687,7 @@ def verdict(tables: list[Table]) -> str:
 def notes(table: Table) -> str:
     unit = "mIoU and AA in %" if table.stage == "segment" else "Macro F1"
     counts = sorted({c.n for c in table.cells if c.n and c.over == "seeds"})
-    seeds = f"{' to '.join(map(str, counts))} seed{'s' * (counts != [1])}"
+    seeds = f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} seed{'s' * (counts != [1])}"
     split = "on a fixed test set: seeds redraw the head, random weights and what is learnt from"
     if any(r.overlap for r in table.results):
         split = "widened by Nadeau and Bengio's correction for random splits that overlap"
@@ -933,8 +941,9 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     ValueError where no t-SNE can be made (scikit-learn's ends the process on some of these).
     """
     with np.load(path, allow_pickle=False) as file:
-        features, labels = file["features"], file["labels"]
-        names = [str(name) for name in file["classes"]]
+        features = file["features"]
+        labels = file["labels"] if "labels" in file else np.zeros(len(features), int)
+        names = [str(name) for name in file["classes"]] if "classes" in file else [""]
     fit = features.ndim == 2 and min(features.shape) > 1 and labels.shape == features.shape[:1]
     if not fit or features.dtype.kind != "f" or labels.dtype.kind not in "iu" or len(labels) < 12:
         raise ValueError("it takes floats [12 or more, 2 or more], and for each an integer label")
@@ -1158,6 +1167,7 @@ def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[st
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = lambda message: fail(2, f"{message} (see --help)")
     add = parser.add_argument
     add("results", type=Path, help="folder with the JSON of probe.py and segment.py")
     add("--out", type=Path, default=Path("report"), help="folder of the report (report)")
@@ -1189,7 +1199,9 @@ def main(argv: list[str] | None = None) -> int:
             page = Pictures(args.out, faults)
             texts["index.html"] = html_page(sections, runs, embeddings, page, said)
         for name, text in texts.items():
-            (args.out / name).write_text(text, encoding="utf-8")
+            part = args.out / f".{name}.part"
+            part.write_text(text, encoding="utf-8")
+            part.replace(args.out / name)
     except OSError as error:
         fail(2, f"--out {args.out}: {error.strerror}; the report is not complete")
     for line in said:
@@ -1201,6 +1213,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -117,7 +117,8 @@ def number(kind: type, low: float, high: float = math.inf, count: int = 1) -> Ca
     def convert(text: str) -> float | list[float]:
         values = [kind(part) for part in text.split(",")]
         if len(values) != count or not all(low <= value <= high for value in values):
-            raise argparse.ArgumentTypeError(f"{text} is not {count} from {low} to {high}")
+            numbers = f"{count} numbers" if count > 1 else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: give {numbers} from {low:g} to {high:g}")
         return values if count > 1 else values[0]
 
     convert.__name__ = kind.__name__  # argparse names it where kind() fails
@@ -137,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="[open]: the paper does not say; the value is our choice, saved in config.json.",
     )
     parser.error = lambda message: fail(2, f"{message} (see --help)")
-    whole, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    whole, positive, share = number(int, 1, 10**9), number(float, 0), number(float, 0, 1)
     small = ", ".join(f"--{key} {value}" for key, value in RECIPES["small"].items())
 
     # fmt: off
@@ -149,7 +150,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--s2-bands", default=",".join(SEN12MS_S2),
         help="band order in S2 files; - skips one (a first one: --s2-bands=-,B03)")
     add("--s1-bands", default=",".join(SEN12MS_S1), help="the same of S1 files, in unclipped dB")
-    add("--nodata", type=float, help="of files without such a tag, such as 0 for zero borders")
+    add("--nodata", type=number(float, -math.inf),
+        help="of files without such a tag, such as 0 for zero borders")
     add("--num-pairs", type=whole, default=90000, help="seeded subset (paper: 90000, 150000)")
     add("--exclude", metavar="LIST", help="text file, a tile's name a line: places to leave out")
     add("--mode", choices=CHANNELS, help="channels of the views, as above (needed)")
@@ -237,9 +239,10 @@ def read_settings() -> tuple[Namespace, dict | None]:
             saved, bands = unset | config["settings"], config["bands"]
             now = parse(shlex.split(str(config["command"]))[1:] + typed)
             mean, std = np.array([bands["mean"], bands["std"]], float)
-            sound = np.isfinite(mean).all() and (std > 0).all() and len(mean) == len(bands["names"])
-            sound &= {"sha256", "used"} <= config["pairs"].keys() and config["precision"] in DTYPES
-            if not sound or "torch" not in config["versions"]:
+            bands["mean"], bands["std"] = mean.tolist(), std.tolist()
+            sound = np.isfinite(mean).all() and (std > 0).all() and config["versions"]["torch"]
+            sound = sound and mean.shape == (len(bands["names"]),) and config["precision"] in DTYPES
+            if not sound or not {"sha256", "used"} <= config["pairs"].keys():
                 raise ValueError("bands, pairs, precision or versions")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
@@ -255,6 +258,8 @@ def read_settings() -> tuple[Namespace, dict | None]:
         fail(2, f"{args.out}: checkpoint.pt without its config.json: choose another --out")
     elif not args.mode:
         fail(2, f"--mode is needed: single, three or rgb; or --resume --out RUN (no run in {file})")
+    if args.lr < args.lr_min:
+        fail(2, f"--lr {args.lr} is below --lr-min {args.lr_min}: lower that too")
     return args, config
 
 
@@ -539,8 +544,12 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
                         raise ValueError(f"column {column}: no file {row[column]!r}")
                 pairs.append((row["s2"], row["s1"]))
                 line = rows.line_num + 1
+    except UnicodeDecodeError:
+        fail(1, f"{path} is not UTF-8 text: save it as that")
     except (ValueError, csv.Error) as error:
         fail(1, f"{path}: line {line}: {error}")
+    if not pairs:
+        fail(1, f"{path} has no row under its header")
     return sorted(pairs)
 
 
@@ -571,8 +580,8 @@ def leave_out(listed: list[tuple[str, str]], root: Path, path: str) -> list[tupl
     """The pairs but those of which the text file `path` names a tile: its name, or path in root."""
     try:
         lines = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()} - {""}
-    except UnicodeDecodeError:
-        fail(1, f"--exclude {path} is not UTF-8 text: save it as that")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(2, f"--exclude {path} is no UTF-8 text that can be read: {reason(error)}")
     met = [{*pair, *map(os.path.basename, pair)} & lines for pair in listed]
     kept = [pair for pair, named in zip(listed, met, strict=True) if not named]
     if len(kept) == len(listed):
@@ -753,10 +762,14 @@ def new_config(
         "command": shlex.join(sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
-    text = json.dumps(config, indent=1, default=str)  # str: of the path --out
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out / "config.json", lambda part: part.write_text(text))
+    write_config(args.out, config)
     return config
+
+
+def write_config(out: Path, config: dict) -> None:
+    text = json.dumps(config, indent=1, default=str)  # str: of the path --out
+    write_atomic(out / "config.json", lambda part: part.write_text(text))
 
 
 def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> None:
@@ -873,8 +886,9 @@ def mean_rank(prediction: Tensor, projection: Tensor) -> float:
 @torch.no_grad()
 def watch_learning(
     byol: BYOL, archive: Archive, args: Namespace, device: torch.device, autocast: Callable
-) -> float:
-    """`match`: the mean rank in both directions, of whole tiles as they are."""
+) -> float | None:
+    """`match`: the mean rank in both directions, of whole tiles as they are; None where fewer than
+    two can be read."""
     places = archive.watched.shape[1]
     u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
     bands = choose_bands(u, archive.bands, args.mode, args.views)  # [places, 2, C]
@@ -884,6 +898,7 @@ def watch_learning(
     ]
     shape = (2 * args.batch_size, CHANNELS[args.mode], args.size, args.size)
     seen = []  # of each batch: predictions and projections, [2, N, P] each
+    bad: dict[int, str] = {}  # place: why it cannot be read
     byol.eval()
     for batch in bandcrop.stream(wanted, shape, device, args.threads, ahead=1):
         views = batch.x.contiguous(memory_format=torch.channels_last)
@@ -891,8 +906,15 @@ def watch_learning(
             prediction = byol.predictor(byol.student.projector(byol.student.encoder(views)))
             projection = byol.teacher.projector(byol.teacher.encoder(views))
         seen.append([widen(x).unflatten(0, (2, -1)) for x in (prediction, projection)])
+        at = batch.request["extra"]["pairs"]
+        bad |= {int(at[i % len(at)]): message for i, message in batch.report.errors}
     byol.train()
-    p, t = (torch.cat(parts, dim=1).cpu() for parts in zip(*seen, strict=True))
+    if bad and args.bad_tiles == "stop":  # not in training, which would have stopped
+        warn(f"match is without {len(bad)} of {places} places: {[*bad.values()][0]}")
+    if places - len(bad) < 2:
+        return None
+    good = [i for i in range(places) if i not in bad]
+    p, t = (torch.cat(parts, dim=1)[:, good].cpu() for parts in zip(*seen, strict=True))
     return (mean_rank(p[0], t[1]) + mean_rank(p[1], t[0])) / 2
 
 
@@ -1002,10 +1024,11 @@ def progress(record: dict, steps_left: int, batch_size: int) -> str:
     """A line of 80 columns or fewer; the time that is left in hours and minutes."""
     speed, wait = record["timing"]["pairs_per_second"], 100 * record["timing"]["data_wait"]
     hours, minutes = divmod(math.ceil(steps_left * batch_size / speed / 60), 60)
+    left = f"{hours}h{minutes:02}" if hours < 100 else f"{hours // 24}d"
     return (
         f"epoch {record['epoch']:.1f} loss {record['loss']:.2f} cosine {record['cosine']:.2f} "
         f"spread {record['std']:.3f} {speed:.{1 if speed < 100 else 0}f} pairs/s "
-        f"wait {wait:.0f}% left {hours}h{minutes:02}"
+        f"wait {wait:.0f}% left {left}"
     )
 
 
@@ -1027,9 +1050,11 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     """Settings, the run's config (written, where it is new), its pairs, its device."""
     args, config = read_settings()
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-        fail(2, f"--batch-size {args.batch_size} is not 2 or more for each of {WORLD} processes")
+        fail(2, f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the processes, from "
+             f"{2 * WORLD} on")  # fmt: skip
     if WORLD > 1 and args.negatives:
-        fail(2, "--negatives compares the places of one process: not with torchrun")
+        fail(2, "--negatives (in --recipe small) compares the places of one process: with torchrun "
+             "add --negatives 0")  # fmt: skip
     device, precision = choose_device(args.device, (config or vars(args))["precision"])
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1056,6 +1081,10 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
              f"{was:.4g}, is {now:.4g}): choose another --out")  # fmt: skip
     if config["versions"].get("pretrain.py") != CODE:
         warn(f"{args.out} was started by another version of this script")
+    if config["settings"].get("epochs") != args.epochs:  # the next --resume goes on as long
+        config["command"] += f" --epochs {args.epochs}"
+        config["settings"]["epochs"] = args.epochs
+        write_config(args.out, config)
     config |= {"name": run_name(args, pairs), "settings": vars(args), "pairs": archive.about}
     if args.compile is None:
         args.compile = device.type == "cuda" and WORLD == 1
@@ -1096,8 +1125,11 @@ def main() -> int:
     say(f"{args.arch}, {millions:.1f} million parameters; {end} steps, {per_epoch} an epoch")
     if args.resume:
         say(f"resumed at step {step} of {end}" if step else "no checkpoint yet: from the start")
-    how = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
-    model = nn.parallel.DistributedDataParallel(byol, **how) if WORLD > 1 else byol
+    model = byol
+    if WORLD > 1:
+        distribute = nn.parallel.DistributedDataParallel
+        model = distribute(byol, gradient_as_bucket_view=True, static_graph=True)
+        model.broadcast_buffers = False  # torch 2.14 warns of it as an argument
     dtype = DTYPES[config["precision"]]
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     log = open_log(out, step)
@@ -1133,12 +1165,12 @@ def main() -> int:
         due = step % args.checkpoint_every == 0 if args.checkpoint_every else now - saved > 120
         if WORLD > 1:
             by_step = due and args.checkpoint_every  # all processes know these
-            if step % 10 and not (line or by_step or step == end):
+            if step % 10 and not (line or by_step or compiles or step == end):
                 continue
             due, stop = agree(sums, bad, due, stop)
         cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
         last = bool(stop) or step == end
-        if line or last:
+        if line or last or (time.monotonic() - shown > 30 and not compiles):
             total, spread, cosine, replaced = sums.tolist()  # waits for the device
             now = time.monotonic()
             if not math.isfinite(total):
@@ -1152,7 +1184,8 @@ def main() -> int:
                 "timing": {name: round(value, 4) for name, value in timing.items()},
             }  # fmt: skip
             if not within and (epoch % watch_every == 0 or epoch == args.epochs):
-                record["match"] = watch_learning(byol, archive, args, device, autocast)
+                match = watch_learning(byol, archive, args, device, autocast)
+                record |= {} if match is None else {"match": match}
             if not within or last or now - shown > 30:
                 say(progress(record, end - step, args.batch_size))
                 shown = now
@@ -1171,12 +1204,14 @@ def main() -> int:
             save(out, config, parts, state, step / per_epoch, log)
             saved = time.monotonic()
         if stop:
-            say(f"stopped at step {step} of {end}, saved: --resume --out {out} goes on")
+            where = shlex.quote(str(out))
+            say(f"stopped at step {step} of {end}, saved: --resume --out {where} goes on")
             return 128 + stop
     bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
-    say(f"done in {timedelta(seconds=round(time.monotonic() - began))}: {out}/encoder.safetensors\n"
+    encoder = out / "encoder.safetensors"
+    say(f"done in {timedelta(seconds=round(time.monotonic() - began))}: {encoder}\n"
         f"next: python probe.py --dataset eurosat --band {','.join(bands)} \\\n"
-        f"    --weights {out}/encoder.safetensors")  # fmt: skip
+        f"    --weights {shlex.quote(str(encoder))}")  # fmt: skip
     return 0
 
 
@@ -1194,10 +1229,16 @@ def run() -> int:
     except (OSError, bandcrop.TileError) as error:
         fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            fail(1, f"another process has ended, see its error: {reason(error)}")
         if not out_of_memory(error):
             raise
-        fail(1, f"out of memory: use a smaller --batch-size or --size: {reason(error)}")
+        fail(1, "out of memory: use a smaller --batch-size or --size, and another --out: "
+             f"{reason(error)}")  # fmt: skip
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed: >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     sys.exit(run())

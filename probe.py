@@ -75,7 +75,7 @@ OTHERS = {  # weights that are not ours: the name in the paper's tables
     "byol-imagenet": "BYOL ImageNet",
     "seco": "SeCo",
     "coco": "MS-COCO DeepLabV3",
-    "other": "",  # any ResNet's, by torchvision's names: the file's own name
+    "other": "other",  # any ResNet's, by torchvision's names; the file's name is added
 }
 HIDDEN = 128  # paper
 HEAD_BATCH = 256
@@ -132,6 +132,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
             fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
+    if args.nodata is not None and not np.isfinite(args.nodata):
+        fail(2, f"--nodata {args.nodata}: give a number; NaN and infinity are left out anyway")
     for path in (args.export, args.embed):
         if path and path.exists():
             fail(2, f"{path} is there already: choose another name")
@@ -152,9 +154,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.cam and args.head != "mlp":
         fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
     idle = args.finetune or args.cam or args.split or args.subset or args.train_images
-    if args.embed and (idle or args.seeds > 1):
+    if args.embed and (idle or args.seeds > 1 or args.head != "mlp"):
         fail(2, "--embed trains nothing and takes every image: not with --finetune, scratch, "
-                "--cam, --split, --subset, --train-images or --seeds")  # fmt: skip
+                "--cam, --split, --subset, --train-images, --seeds or --head")  # fmt: skip
     if args.bands_in_file and args.dataset != "csv":
         fail(2, f"--bands-in-file is for --dataset csv: {args.dataset}'s order is known")
     args.root = args.root or Path("data") / args.dataset
@@ -409,20 +411,27 @@ def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
     above = sorted({str(path.parents[1]) for path in found})
     if len(above) > 1:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
-    seen: dict[str, Path] = {}
-    for path in found:
-        if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
-            fail(1, f"{path} is {first} again: remove one")
+    refuse_copies(found)
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
     classes, labels = np.unique([path.parent.name for path in found], return_inverse=True)
     names, files = [path.stem for path in found], [(str(path),) for path in found]
     return Images(names, files, band_places(order), (len(order),), labels, classes.tolist())
 
 
+def refuse_copies(paths: list[Path]) -> None:
+    """Links to one file would lie in the training and in the test part."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
+            fail(1, f"{path} is {first} again: remove one")
+
+
 def list_sen12ms(root: Path) -> Images:
     """A scene's label is the simplified class that covers most of the lc tile's IGBP layer."""
     names, files, labels = [], [], []
-    for lc in sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS):
+    found = sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS)
+    refuse_copies(found)
+    for lc in found:
         inner = str(lc.relative_to(root))
         pair = [root / re.sub("(?<=[_/])lc(?=[_/])", kind, inner) for kind in ("s2", "s1")]
         igbp = bandcrop.read(str(lc), bands=[0])
@@ -562,12 +571,15 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
     try:
         with Image.open(path) as opened:
             if opened.mode[0] in "IF":
-                fail(1, f"{path}: a photo of 16 bits or more: give a GeoTIFF")
-            if bands == 1 and opened.mode not in ("1", "L"):
-                fail(1, f"{path}: is no grey photo ({opened.mode}), --bands-in-file names one band")
-            photo = opened.convert("RGB" if bands == 3 else "L")
+                raise ValueError("a photo of 16 bits or more: give a GeoTIFF")
+            grey = opened.mode in ("1", "L", "LA")
+            if grey != (bands == 1):
+                raise ValueError(f"is a {'grey' if grey else 'colour'} photo ({opened.mode}), but "
+                                 f"--bands-in-file names {bands}")  # fmt: skip
+            photo = opened.convert("L" if grey else "RGB")
     except Exception as error:  # whatever a broken or a huge photo raises
-        fail(1, f"{path}: {(str(error) or repr(error)).splitlines()[0]}")
+        what = (str(error) or repr(error)).splitlines()[0]
+        raise bandcrop.TileError(f"{path}: {what}") from None
     if size and photo.size != (size, size):
         photo = photo.resize((size, size), Image.Resampling.BICUBIC)
     return np.atleast_3d(np.asarray(photo)).transpose(2, 0, 1)
@@ -690,7 +702,8 @@ def all_finite(weights: Weights) -> Weights:
 def weights_digest(file: str) -> str:
     """sha256 of a file that may hold weights; refuses what is something else by its first bytes."""
     if not Path(file).is_file():
-        fail(2, f"--weights: no file {file}; see --help for what it takes")
+        fail(2, f"--weights: no file {file}; see --help for what it takes; others', such as coco, "
+                "are converted by probe.py --export")  # fmt: skip
     data = Path(file).read_bytes()
     start = data[:64].lstrip().lower()
     if not start:
@@ -817,7 +830,7 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         fail(1, f"{text}: not the layout of {kind!r}: {count} tensors fit it, a ResNet has 100, "
                 f"180 or 265; it holds {', '.join(list(found)[:3])} ... (torch.save the encoder's "
                 "state_dict alone)")  # fmt: skip
-    name = OTHERS[kind] or Path(file).stem
+    name = OTHERS[kind] + f" {Path(file).stem}" * (kind == "other")
     return all_finite(Weights(name, str(text), digest, {"arch": arch}, tensors))
 
 
@@ -825,8 +838,8 @@ def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
     """The encoder's tensors in what a file of this kind of OTHERS holds."""
     held = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
     if kind == "byol-imagenet":  # yaox12/BYOL-PyTorch: other names, torchvision's order
-        names, values = build_encoder("resnet50", 3).state_dict(), found.get("online_backbone", {})
-        return dict(zip(names, values.values(), strict=False))
+        names, values = build_encoder("resnet50", 3).state_dict(), found.get("online_backbone")
+        return dict(zip(names, values.values(), strict=False)) if isinstance(values, dict) else {}
     # "", "module.", "backbone.": whatever precedes the first convolution's name
     firsts = [key for key in held if key.endswith("conv1.weight")]
     start = min(firsts, key=len, default="").removesuffix("conv1.weight")
@@ -916,7 +929,7 @@ def prepare(setup: Setup, rows: np.ndarray, seed: int) -> nn.Module:
     """The frozen encoder on the device, its BatchNorm re-estimated on `rows` where asked; or the
     statistics that stand in for one."""
     args = setup.args
-    if args.weights.name == "stats":
+    if args.weights.source == "stats":
         return BandStatistics(len(setup.bands))
     encoder = load_encoder(args.weights, args.arch, len(setup.bands), seed)
     encoder = encoder.to(args.device, memory_format=torch.channels_last)
@@ -1176,7 +1189,7 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     data: what identifies images, labels, parts and band order.
     """
     weights, kind = args.weights, "finetune" if args.finetune else args.head
-    floor, name = weights.name == "stats", weights.name
+    floor, name = weights.source == "stats", weights.name
     if args.finetune and weights.tensors:
         name += " fine-tuned"
     scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset}
@@ -1220,8 +1233,8 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
             CHOSEN.get(kind, "learning_rate"): chosen[1], "classes": images.classes,
             "validation": "its list" if split.listed else "a fifth of the training split",
             "train": len(split.train), "validated": len(split.val), "test": len(split.test),
-            "mean": setup.mean, "std": setup.std, "device": args.device.type,
-            "synthetic": (folder / "SYNTHETIC.txt").exists(),
+            "root": str(args.root), "mean": setup.mean, "std": setup.std,
+            "device": args.device.type, "synthetic": (folder / "SYNTHETIC.txt").exists(),
             "unseen_bands": unseen, "encoder": weights.metadata,
         },
         "seconds": dict(zip(("read", "encode", "train"), np.diff(clock), strict=True)),
@@ -1257,7 +1270,7 @@ def main(args: argparse.Namespace) -> None:
             open_folder(args.export.parent)
             return export(args.weights, args.export)
         open_folder(args.embed.parent if args.embed else args.out)
-        weights, floor = args.weights, args.weights.name == "stats"
+        weights, floor = args.weights, args.weights.source == "stats"
         arch = "" if floor else f", {weights.metadata.get('arch', args.arch)}"
         print(f"weights: {weights.source} ({weights.name}{arch}) on {args.device}\n"
               f"listing the images of {args.root}", flush=True)  # fmt: skip
@@ -1280,7 +1293,7 @@ def main(args: argparse.Namespace) -> None:
             fail(1, f"{args.root}: all images are of one class, {images.classes[0]}")
         images = images._replace(part=listed_parts(images, args))
         data = {
-            "root": str(args.root), "files": digest_files(f for each in images.files for f in each),
+            "files": digest_files(f for each in images.files for f in each),
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
             "parts": images.part and digest_of(images.part), "places": images.bands,
             "bands_in_files": images.counts,
@@ -1292,7 +1305,7 @@ def main(args: argparse.Namespace) -> None:
         print_table(args.out, paths, "f1_macro")
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         fail(1, f"{args.device} has too little memory: lower --size")

@@ -63,7 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root", type=Path, help="its folder, or FILE.csv: s1,s2,mask[,split] (data/dfc2020)")
     add("--band", "--bands", dest="bands", required=True,
         help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
-    add("--s1-bands", default="VV,VH", help="csv: bands of the s1 files in order (VV,VH)")
+    add("--s1-bands", help="csv: bands of the s1 files in order (VV,VH)")
     add("--s2-bands", help="csv: bands of the s2 files in order")
     add("--weights", help="encoder.safetensors of pretrain.py (runs/rs-byol-1's where it is, else "
         "random) or of probe.py --export; random; scratch (encoder trained too)")
@@ -74,7 +74,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "paper; csv: all, or 80 %% where the split is random)")
     add("--classes", help="dfc2020: 8 (default; without Savanna, Snow/Ice) or 10; csv: names, for "
         "the mask's ids in order, ignored ones left out")
-    add("--ignore", default="0", metavar="IDS", help="csv: ids that do not count (0), as "
+    add("--ignore", metavar="IDS", help="csv: ids that do not count (0), as "
         "--ignore=-1,255: with it id 0 is the first of --classes")
     add("--nodata", type=float, help="of s1 and s2 files without such a tag, such as 0 for borders")
     add("--size", type=int, metavar="PX", help="square cut from each tile's middle (the whole)")
@@ -93,16 +93,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
             fail(2, f"--{name.replace('_', '-')} {given}: must be at least {value}")
+    if args.nodata is not None and not np.isfinite(args.nodata):
+        fail(2, f"--nodata {args.nodata}: give a number; NaN and infinity are left out anyway")
     if args.dataset == "dfc2020":
-        if args.s2_bands:
-            fail(2, "--s2-bands is for --dataset csv: dfc2020's order is known")
+        if args.s1_bands or args.s2_bands or args.ignore:
+            fail(2, "--s1-bands, --s2-bands, --ignore are for --dataset csv: dfc2020's are known")
         if args.classes not in (None, "8", "10"):
             fail(2, f"--classes {args.classes}: dfc2020 has 8 or 10")
         args.ignore = [0] if args.classes == "10" else [0, 3, 8]  # Savanna, Snow/Ice
         args.classes = [c for i, c in enumerate(LAND_COVER, 1) if i not in args.ignore]
         args.s1_bands, args.s2_bands = SEN12MS_S1, SEN12MS_S2
-        args.num_images = args.num_images or 900  # paper
     else:
+        args.s1_bands, args.ignore = args.s1_bands or "VV,VH", args.ignore or "0"
         if not (args.classes and args.s2_bands):
             fail(2, "--dataset csv needs --classes NAMES and --s2-bands BANDS, as B02,B03,B04,B08")
         if not re.fullmatch(r"-?\d+(,-?\d+)*", args.ignore):
@@ -378,7 +380,8 @@ def all_finite(weights: Weights) -> Weights:
 def weights_digest(file: str) -> str:
     """sha256 of a file that may hold weights; refuses what is something else by its first bytes."""
     if not Path(file).is_file():
-        fail(2, f"--weights: no file {file}; see --help for what it takes")
+        fail(2, f"--weights: no file {file}; see --help for what it takes; others', such as coco, "
+                "are converted by probe.py --export")  # fmt: skip
     data = Path(file).read_bytes()
     start = data[:64].lstrip().lower()
     if not start:
@@ -713,16 +716,19 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
 def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.ndarray, ...]:
     """Places of the training tiles, of those with a pixel that counts, and of the test tiles."""
     rng = np.random.default_rng(seed)
+    wanted = args.num_images or (900 if args.dataset == "dfc2020" else None)  # paper
     if args.split == "random":
         order = rng.permutation(len(tiles.names))
-        take = args.num_images or len(order)
+        take = wanted or len(order)
+        if args.num_images and take >= len(order):
+            fail(2, f"--num-images {take}: {args.root} has {len(order)} tiles, some must test")
         take = take if take < len(order) else round(0.8 * len(order))
         train, test = np.sort(order[:take]), np.sort(order[take:])
     elif tiles.part is None:
         fail(2, f"--split official: {args.root} has no column split; use --split random")
     else:
         part = np.array(tiles.part)
-        train = np.sort(rng.permutation(np.flatnonzero(part != "test"))[: args.num_images])
+        train = np.sort(rng.permutation(np.flatnonzero(part != "test"))[:wanted])
         test = np.flatnonzero(part == "test")
     counts, truth = (tiles.masks != IGNORED).any((1, 2)), tiles.masks[train]
     held = sum((truth == number).any() for number in range(len(args.classes)))
@@ -906,7 +912,7 @@ def main(args: argparse.Namespace) -> None:
             print_table(args.out, paths, metric)
     except (OSError, bandcrop.TileError) as error:  # a full disk, a bad tile
         fail(1, str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         fail(1, f"{args.device} has too little memory: lower --batch-size, --num-images or --size")

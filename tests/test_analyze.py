@@ -296,8 +296,8 @@ def test_tests_over_seeds_pair_the_seeds_and_widen_for_overlapping_splits(tmp_pa
     """Nadeau and Bengio: the variance of the mean is (1/J + n_test/n_train) times the spread's."""
     a, b = np.array([0.80, 0.83, 0.79, 0.84, 0.80]), np.array([0.70, 0.75, 0.71, 0.73, 0.72])
     for seed in range(5):
-        write(tmp_path, result(seed=seed, score=a[seed], split=split))
-        write(tmp_path, result(name="random", seed=seed, score=b[seed], split=split))
+        for name, x in ((OURS, a), ("random", b)):
+            write(tmp_path, result(name=name, seed=seed, score=x[seed], split=split, subset=None))
     (table,), _ = tables_of(tmp_path)
     (test,) = found_tests(table, "over seeds")
     error = math.sqrt((1 / 5 + overlap) * np.var(a - b, ddof=1))
@@ -621,8 +621,8 @@ def test_the_papers_own_means_say_that_no_figure_is_mistyped():
 
 def test_cells_are_mean_and_t_interval_over_seeds(tmp_path):
     for seed, score in enumerate([0.1, 0.2, 0.3, 0.4, 0.5]):
-        write(tmp_path, result(bands=["Red"], seed=seed, score=score, split="official"))
-    write(tmp_path, result(bands=["Blue"], score=0.25, split="official"))
+        write(tmp_path, result(seed=seed, score=score, split="official", subset=None))
+    write(tmp_path, result(bands=["Blue"], score=0.25, split="official", subset=None))
     (table,), _ = tables_of(tmp_path)
     red = next(c for c in table.cells if c.bands == "Red")
     half = 2.776445 * (0.025 / 5) ** 0.5  # t(0.975, 4) of a printed table; the variance is 0.025
@@ -633,7 +633,8 @@ def test_cells_are_mean_and_t_interval_over_seeds(tmp_path):
 @pytest.mark.parametrize("change", [
     {"dataset": "sen12ms"}, {"split": "spatial"}, {"subset": None}, {"subset": 5000}, {"size": 224},
     {"classes": ["a", "b"]}, {"head": "linear"}, {"synthetic": True}, {"files": "abcd"},
-    {"train_images": 50},
+    {"train_images": 50}, {"places": {"Red": [0, 5]}}, {"ignored": [255]}, {"images": "labels"},
+    {"parts": "a split"}, {"nodata": 0.0},
 ])  # fmt: skip
 def test_different_settings_never_share_a_table(tmp_path, change):
     write(tmp_path, result(seed=0, score=0.8), "one")
@@ -645,11 +646,10 @@ def test_different_settings_never_share_a_table(tmp_path, change):
 
 
 @pytest.mark.parametrize("change", [
-    {"arch": "resnet18"}, {"epochs": 10}, {"lr": 0.5}, {"bn": "reestimate"},
-    {"places": {"Red": [0, 5]}}, {"ignored": [255]}, {"something_new": "b"},
+    {"arch": "resnet18"}, {"epochs": 10}, {"lr": 0.5}, {"bn": "reestimate"}, {"something_new": "b"},
 ])  # fmt: skip
 def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, change):
-    """Whether they have one seed or two: other band order, other settings of tomorrow's probe."""
+    """Whether they have one seed or two; the last: a setting of tomorrow's probe."""
     for key in change:
         write(tmp_path, result(score=0.8, **{key: "a"}), "one")
         write(tmp_path, result(score=0.2, **change), "two")
@@ -689,6 +689,48 @@ def test_encoders_of_one_name_are_told_apart_by_their_files(tmp_path):
     (table,), faults = tables_of(tmp_path)
     labels = ["00000002", "00000003", "my", "one", "one/encoder-epoch0010", "two"]
     assert table.rows == [f"RS-BYOL-1 ({name})" for name in labels] and not faults
+
+
+def test_rows_that_were_probed_with_other_settings_say_so_and_are_not_tested(tmp_path):
+    """Or 100 epochs of ours would beat 2 epochs of random."""
+    for seed in range(3):
+        score = 0.5 + 0.01 * seed
+        write(tmp_path, result(name="random", seed=seed, score=score, epochs=2, task="a"))
+        write(tmp_path, result(seed=seed, score=0.7 + 0.02 * seed, task="b"))
+    (table,), _ = tables_of(tmp_path)
+    assert table.rows == ["random (epochs 2)", f"{OURS} (epochs 100)"]
+    assert [test.note for test in table.tests] == ["probed with other settings"]
+    said = "is not tested against random (epochs 2) (probed with other settings)."
+    assert said in analyze.verdict([table])
+
+
+def test_any_resnets_weights_are_not_judged_as_ours(tmp_path):
+    for seed, name in itertools.product(range(3), ("random", "other stats")):
+        write(tmp_path, result(name=name, seed=seed, score=0.5 + 0.01 * seed))
+    assert "No encoder of pretrain.py" in verdict_of(tmp_path)
+
+
+def test_bands_with_fewer_seeds_count_in_means_and_in_tests_over_bands(tmp_path):
+    """Red has five seeds, the others one: over bands n is 3, over seeds Red alone is tested."""
+    for name, base in (("random", 0.5), (OURS, 0.6)):
+        for i, band in enumerate(MS[:3]):
+            for seed in range(5 if band == "Red" else 1):
+                score = base + 0.03 * (i + seed) * (name == OURS)
+                write(tmp_path, result(name=name, bands=[band], seed=seed, score=score))
+    (table,), _ = tables_of(tmp_path)
+    means = {c.weights: (c.n, round(c.mean, 3)) for c in table.cells if c.bands == "mean"}
+    assert means == {"random": (1, 0.5), OURS: (1, 0.63)}
+    over = {test.kind: test for test in table.tests}
+    assert over["over bands"].n == "3" and over["over bands"].p == over["over bands"].p
+    assert (over["over seeds"].bands, over["over seeds"].n) == ("Red", "5")
+
+
+def test_a_subset_that_each_seed_draws_from_fixed_lists_widens_intervals_too(tmp_path):
+    for split, subset, overlap in (("official", 7000, 0.25), ("official", None, 0)):
+        path = write(tmp_path, result(split=split, subset=subset))
+        assert analyze.Result(path).overlap == overlap
+    tiles = write(tmp_path, result("segment", split="official", subset=900))  # of the training part
+    assert analyze.Result(tiles).overlap == 0
 
 
 def test_batchnorm_is_named_on_all_frozen_rows_once_it_differs(tmp_path):

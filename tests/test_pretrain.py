@@ -218,7 +218,7 @@ def test_negatives_are_named_in_the_run_and_in_its_encoder(archive, tmp_path, mo
     with safe_open(out / "encoder.safetensors", "pt") as file:
         assert file.metadata()["name"] == "RS-BYOL-1 with negatives"
     monkeypatch.setattr(pretrain, "WORLD", 2)
-    assert "--negatives compares the places of one process" in refused(2, *common, "--resume")
+    assert "with torchrun add --negatives 0" in refused(2, *common, "--resume")
 
 
 def test_a_run_of_the_small_recipe_from_before_it_had_negatives_stays_byol(archive, tmp_path):
@@ -541,8 +541,11 @@ def test_every_line_says_what_goes_on_in_80_columns(archive, tmp_path):
         assert f" {word} " in line + " "
     assert f"--weights {tmp_path}/encoder.safetensors" in out
     timing = {"pairs_per_second": 1234.5, "data_wait": 0.99}
-    worst = {"epoch": 399.9, "loss": 4.0, "cosine": 0.7, "std": 0.0625, "timing": timing}
+    worst = {"epoch": 399.9, "loss": 4.0, "cosine": -0.7, "std": 0.0625, "timing": timing}
     assert len(pretrain.progress(worst, 10**8, 32)) <= 80
+    timing |= {"pairs_per_second": 0.5}
+    assert pretrain.progress(worst, 10**6, 32).endswith("left 740d")
+    assert len(pretrain.progress(worst, 10**6, 32)) <= 80
 
 
 def test_a_collapse_and_a_byol_whose_cosine_stays_high_are_warned_of(capsys):
@@ -751,6 +754,18 @@ def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
     assert status == 0 and "started by another version of this script" in err
 
 
+def test_a_run_that_was_made_longer_stays_so(copy_of):
+    """Also where it is cut short again and resumed without a flag."""
+    trained("--resume", "--out", copy_of, "--epochs", 6, "--max-steps", 13)
+    assert "resumed at step 13 of 18" in trained("--resume", "--out", copy_of)
+    assert json.loads((copy_of / "config.json").read_text())["settings"]["epochs"] == 6
+
+
+def test_a_schedule_that_would_rise_is_refused(archive, tmp_path):
+    common = ["--mode", "single", "--root", archive, *SMALL, "--out", tmp_path / "none"]
+    assert "below --lr-min 0.002" in refused(2, *common, "--lr", 0.001)
+
+
 def test_a_checkpoint_without_its_config_is_refused(copy_of, archive):
     (copy_of / "config.json").unlink()
     for more in ([], ["--resume"]):
@@ -775,7 +790,7 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
     places += [(key, inner) for key in ("bands", "pairs") for inner in whole[key]]
     places += [("settings", inner) for inner in ("exclude", "arch", "seed", "views", "size")]
     places += [("versions", "torch")]
-    for (key, inner), value in itertools.product(places, ("gone", None, ["x"])):
+    for (key, inner), value in itertools.product(places, ("gone", None, "x", ["x"], [["1"]])):
         edited = json.loads(json.dumps(whole))
         within, name = (edited, key) if inner is None else (edited[key], inner)
         if value == "gone":
@@ -785,6 +800,9 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
         file.write_text(json.dumps(edited))
         status, _, err = here("--resume", "--out", copy_of)
         assert status in (0, 1, 2) and err.count("\n") <= 1, (key, inner, value, err)
+    as_words = whole["bands"] | {"mean": [str(value) for value in whole["bands"]["mean"]]}
+    file.write_text(json.dumps(whole | {"bands": as_words}))
+    assert "resumed at step 12" in trained("--resume", "--out", copy_of)
     file.write_text(json.dumps(whole)[1:])
     assert "config.json is damaged" in refused(1, "--resume", "--out", copy_of)
 
@@ -890,6 +908,30 @@ def test_a_bad_tile_stops_a_run_or_is_replaced_by_a_good_pair_of_its_batch(damag
     assert "over 1 %" in message
 
 
+def test_a_place_that_cannot_be_read_is_no_part_of_match(archive, tmp_path):
+    """Six of twelve pairs are watched, not trained on; of these one, then all but one are bad."""
+    root = Path(shutil.copytree(archive, tmp_path / "sen12ms"))
+    common = ["--mode", "single", "--root", root, *SMALL, "--num-pairs", 6, "--epochs", 1]
+    spare = pretrain.open_archive(flags(*map(str, common[2:]))).watched[1]
+    for number, path in enumerate(spare[:5], 1):
+        Path(path).write_bytes(Path(path).read_bytes()[:500])
+        if number in (1, 5):
+            out = tmp_path / str(number)
+            status, _, err = here(*common, "--out", out)
+            assert status == 0 and f"match is without {number} of 6 places" in err
+            match = log_of(out)[-1].get("match")
+            # The sum of ten ranks, of five places in two directions, over 10 and over the worst, 4
+            assert match is None if number == 5 else (40 * match) % 1 == pytest.approx(0, abs=1e-6)
+
+
+def test_a_slow_step_is_told_of_between_log_lines(archive, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(pretrain.time, "monotonic", lambda: next(clock))
+    common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--out", tmp_path]
+    said = trained(*common, "--log-every", 50, "--checkpoint-every", 1000)
+    assert len(log_of(tmp_path)) == 4 and said.count("\nepoch ") > 4
+
+
 def test_an_archive_that_vanishes_costs_no_step(archive, tmp_path, monkeypatch):
     root, steps = tmp_path / "sen12ms", []
     shutil.copytree(archive, root)
@@ -939,7 +981,8 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
         assert f"1 of 2 lines name no tile, such as {warned}" in err if warned else not err
     common = ["--mode", "single", "--root", archive, *SMALL, "--exclude", listing]
     listing.write_bytes(tiles[0].name.encode("utf-16"))
-    assert "not UTF-8 text" in refused(1, *common, "--out", tmp_path / "none")
+    assert "no UTF-8 text" in refused(2, *common, "--out", tmp_path / "none")
+    assert "no-list" in refused(2, "--mode", "single", "--root", archive, "--exclude", "no-list")
     listing.write_text("nothing.tif\n")
     assert "names no tile" in refused(2, "--mode", "single", "--root", archive, *SMALL, "--exclude",
                                       listing, "--out", tmp_path / "none")  # fmt: skip
@@ -982,6 +1025,8 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
     (tmp_path / "quote.csv").write_text(f's1,s2\n{s1},{s2}\n"{s1},{s2}\n{s1},{s2}\n')
     (tmp_path / "semicolon.csv").write_text(f"s1;s2\n{s1};{s2}\n")
     (tmp_path / "tab.csv").write_text(f"s1\ts2\n{s1}\t{s2}\n")
+    (tmp_path / "bare.csv").write_text("s1,s2\n")
+    (tmp_path / "latin.csv").write_bytes(b"s1,s2\n\xe9,\xe9\n")
     other = ["--mode", "single", *SMALL, "--pairs"]
     cases = [
         (1, ["--mode", "single", "--root", lone, *SMALL], ["has no S1 twin"]),
@@ -995,6 +1040,8 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
         (1, [*other, tmp_path / "quote.csv"], ["quote.csv: line 3"]),
         (1, [*other, tmp_path / "semicolon.csv"], ["semicolon.csv: line 1", "';'"]),
         (1, [*other, tmp_path / "tab.csv"], ["tab.csv: line 1", "tab"]),
+        (1, [*other, tmp_path / "bare.csv"], ["bare.csv has no row"]),
+        (1, [*other, tmp_path / "latin.csv"], ["latin.csv is not UTF-8"]),
         (2, ["--mode", "single", "--root", archive], ["12 pairs fill no batch"]),
         (1, ["--mode=single", "--root", archive, *SMALL, "--out", tmp_path / "file"], ["file"]),
         (2, ["--mode", "single", "--size", "3"], ["--size"]),

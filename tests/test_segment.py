@@ -507,9 +507,12 @@ def test_random_split_draws_the_number_asked_for_and_tests_on_the_rest(table, tm
     train, _, test = segment.split_tiles(tiles, args, 0)
     assert len(train) == 5 and sorted([*train, *test]) == list(range(12))
     assert [*train] != [*segment.split_tiles(tiles, args, 1)[0]]
-    args.num_images = 900
+    args.num_images, args.dataset = None, "dfc2020"  # 900, but there are 12
     train, _, test = segment.split_tiles(tiles, args, 0)
     assert (len(train), len(test)) == (10, 2)
+    args.num_images = 12
+    with pytest.raises(SystemExit, match="^2$"):
+        segment.split_tiles(tiles, args, 0)
 
 
 def test_the_official_split_trains_on_all_that_is_not_test(table, tmp_path):
@@ -552,7 +555,9 @@ def test_out_of_memory_is_one_line(table, tmp_path, capsys, monkeypatch, error):
 
 def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     dfc = ["--dataset", "dfc2020", "--band", "RE5"]
-    refused(capsys, 2, [*dfc, "--s2-bands", "B02"], "--s2-bands is for --dataset csv")
+    refused(capsys, 2, [*dfc, "--s2-bands", "B02"], "are for --dataset csv")
+    refused(capsys, 2, [*dfc, "--ignore", "3"], "are for --dataset csv")
+    refused(capsys, 2, [*dfc, "--nodata", "nan"], "--nodata nan")
     dfc += ["--out", str(tmp_path)]
     refused(capsys, 2, [*dfc, "--root", str(tmp_path / "none")], "dfc2020.zip", "md5 f10ba017")
     refused(capsys, 2, [*dfc, "--root", str(tmp_path), "--classes", "9"], "--classes 9", "8 or 10")
