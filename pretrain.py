@@ -1043,7 +1043,7 @@ def judge(record: dict, cycle_ends: bool, args: Namespace) -> None:
     as_the_twelve = args.views == "ms-sar" and not args.negatives
     if cycle_ends and late and record["cosine"] > 0.6 and as_the_twelve:
         warn(f"cosine is {record['cosine']:.2f} at a cycle's end: of twelve runs those that learnt "
-             "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (README)")  # fmt: skip
+             "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (PROOF.md)")  # fmt: skip
 
 
 def prepare() -> tuple[Namespace, dict, Archive, torch.device]:

@@ -1118,7 +1118,7 @@ def save_cams(
 ) -> None:
     """A sheet of a batch: image, map of the class that was said of it, and the map divided by the
     mean map, which shows what is this image's own: at 64 px nearly all of a map comes from bias
-    terms on grids of 2 to 8 px and from zero padding (correlation between classes 0.90)."""
+    terms on grids of 2 to 16 places and from zero padding."""
     from matplotlib.figure import Figure  # here: it takes a second to import
 
     images, x = setup.images, next(read_ahead(setup, rows))

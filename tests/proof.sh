@@ -149,25 +149,50 @@ for weights in random "$BEST" scratch; do
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof
 
-# Varied places, with BYOL's loss and with negatives: EuroSAT's bands and labelled scenes by each sensor.
-say "varied places: probes"
-RESULTS=results/proof-varied
-for column in 1 2; do
-    awk -F, -v column=$column -v folder="$(realpath "$DATA/s1s2_scenes")" \
-        'NR == 1 {print "image,label"} NR > 1 {print folder "/" $column "," $3}' \
-        "$DATA/s1s2_scenes/pairs.csv" > "$RUNS/scenes-s$column.csv"
-done
-for weights in random stats varied-paper varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 \
-    negatives-seed2 varied-ms-only-seed0 varied-ms-only-seed1 varied-ms-only-seed2; do
-    case $weights in random | stats) ;; *) weights="$RUNS/$weights/encoder.safetensors --bn reestimate" ;; esac
-    probe $RGB --band all --weights $weights
-    probe --dataset csv --root "$RUNS/scenes-s1.csv" --bands-in-file VH --band VH --size 64 --weights $weights
-    probe --dataset csv --root "$RUNS/scenes-s2.csv" --bands-in-file Red --band Red --size 64 --weights $weights
-    for labels in 50 200 1000; do
-        probe $RGB --band Red --head linear --train-images $labels --weights $weights
+# Varied places: README's table. Each encoder's features of EuroSAT's bands and of labelled scenes by each sensor, at
+# two sizes, then tests/judge.py; and scores from few labels.
+say "varied places: features"
+JUDGED=results/proof-judged
+$PYTHON tests/judge.py lists "$DATA" "$JUDGED"
+embed() { # name, then flags
+    name=$1 && shift
+    for size in 64 128; do
+        for column in Red Green Blue optical radar; do
+            list=eurosat order=Red,Green,Blue band=$column
+            case $column in optical) list=$column order=Red band=Red ;; radar) list=$column order=VH band=VH ;; esac
+            for part in val test; do
+                file="$JUDGED/$name@$size@$column@$part.npz"
+                [ -e "$file" ] || $PYTHON probe.py --dataset csv --root "$JUDGED/$list-$part.csv" --bands-in-file $order \
+                    --band $band --size $size --arch resnet18 --embed "$file" "$@"
+            done
+        done
+    done
+}
+embed stats --weights stats
+embed random --weights random
+embed paper --weights "$RUNS/varied-paper/encoder.safetensors" --bn reestimate
+for seed in 0 1 2; do
+    for run in varied varied-ms-only varied-crops negatives; do
+        embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
+    done
+    for epoch in 10 30; do
+        embed "negatives-epoch$epoch-seed$seed" --weights "$RUNS/negatives-seed$seed/encoder-epoch00$epoch.safetensors" \
+            --bn reestimate
     done
 done
-$PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-varied
+say "varied places: scores"
+$PYTHON tests/judge.py table "$JUDGED"
+RESULTS=results/proof-labels
+for labels in 50 200 1000; do
+    for weights in random stats; do
+        probe $RGB --band Red --head linear --train-images $labels --weights $weights
+    done
+    for seed in 0 1 2; do
+        probe $RGB --band Red --head linear --train-images $labels --bn reestimate \
+            --weights "$RUNS/negatives-seed$seed/encoder-epoch0030.safetensors"
+    done
+done
+$PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-labels
 
 # A page of its own for the settings, one change at a time.
 RESULTS=results/proof-settings

@@ -1097,7 +1097,8 @@ def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, mon
         for place, path in enumerate(sorted(archive.glob(f"ROIs*/{sensor}_*/*.tif"))[:8]):
             shutil.copy(path, tmp_path / name / f"{place}.tif")
     timm = SimpleNamespace(create_model=lambda name, in_chans, num_classes: Tiny(in_chans))
-    names = {"Path": Path, "timm": timm}
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    names = {"Path": Path}
     exec(readme_code("def augment"), names)
     for swapped in ("make_encoder", "augment", "list_pairs"):
         monkeypatch.setattr(pretrain, swapped, names[swapped])

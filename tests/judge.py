@@ -1,0 +1,112 @@
+"""The scores of README's table: frozen features under a regression and under nearest neighbours.
+
+    python tests/judge.py lists DATA FOLDER    # FOLDER/{eurosat,optical,radar}-{val,test}.csv
+    python tests/judge.py table FOLDER [SIZE]  # of FOLDER/NAME@SIZE@COLUMN@{val,test}.npz
+
+Between the two, `probe.py --embed` writes the features of each list, by each encoder, at each size:
+tests/proof.sh has the loop. A third of 3,000 EuroSAT JPEGs and of 1,800 labelled scenes, "val",
+serves to choose a penalty or a number of neighbours for each column. The others, "test", give the
+score: macro F1, mean of five stratified splits of 80 and 20 %. Names that differ in -seedN alone
+are pre-trainings of one recipe: their differences from `stats` get a t-interval. Of one encoder the
+interval is over the splits, widened by Nadeau and Bengio's correction.
+"""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
+HEADS = {"regression": (1e-4, 1e-3, 1e-2, 1e-1), "neighbours": (1, 5, 10, 20)}
+
+
+def write_lists(data: Path, folder: Path) -> None:
+    """The same third of EuroSAT for each band, of the scenes for each sensor."""
+    rng = np.random.default_rng(2026)
+    photos = sorted((data / "eurosat_rgb").glob("*/*.jpg"))
+    scenes = list(csv.DictReader(open(data / "s1s2_scenes/pairs.csv")))
+    at = {sensor: data.resolve() / "s1s2_scenes" for sensor in ("s1", "s2")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for lists in (
+        {"eurosat": [(path.resolve(), path.parent.name) for path in photos]},
+        {name: [(at[sensor] / row[sensor], row["label"]) for row in scenes]
+         for name, sensor in (("radar", "s1"), ("optical", "s2"))},
+    ):  # fmt: skip
+        count = len(next(iter(lists.values())))
+        val, test = np.split(rng.permutation(count), [count // 3])
+        for (name, rows), (part, chosen) in (
+            (pair, each) for pair in lists.items() for each in (("val", val), ("test", test))
+        ):
+            lines = ["image,label", *(f"{rows[i][0]},{rows[i][1]}" for i in sorted(chosen))]
+            (folder / f"{name}-{part}.csv").write_text("\n".join(lines) + "\n")
+
+
+def scores(x: np.ndarray, y: np.ndarray, head: str, value: float) -> np.ndarray:
+    """Macro F1 of each of five splits."""
+    found = []
+    for fit, test in StratifiedShuffleSplit(5, test_size=0.2, random_state=0).split(x, y):
+        if head == "regression":  # mean cross-entropy + value * |W|^2
+            model = LogisticRegression(C=1 / (2 * value * len(fit)), max_iter=400, tol=1e-3)
+        else:
+            model = KNeighborsClassifier(int(value), metric="cosine")
+        model = make_pipeline(StandardScaler(), model).fit(x[fit], y[fit])
+        found.append(f1_score(y[test], model.predict(x[test]), average="macro"))
+    return np.array(found)
+
+
+def judge(folder: Path, name: str, size: str, column: str, head: str) -> np.ndarray:
+    """The test list's scores with the value that the validation list likes best."""
+    files = [np.load(folder / f"{name}@{size}@{column}@{part}.npz") for part in ("val", "test")]
+    (x, y), test = ((file["features"], file["labels"]) for file in files)
+    best = max(HEADS[head], key=lambda value: scores(x, y, head, value).mean())
+    return scores(*test, head, best)
+
+
+def interval(differences: np.ndarray, overlap: float) -> str:
+    """Mean difference, its 95 % t-interval and p."""
+    n = len(differences)
+    error = np.sqrt((1 / n + overlap) * differences.var(ddof=1))
+    mean, half = differences.mean(), student.ppf(0.975, n - 1) * error
+    p = 2 * student.sf(abs(mean) / error, n - 1)
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}, p {p:.3f})"
+
+
+def print_table(folder: Path, size: str) -> None:
+    names = sorted({path.name.split("@")[0] for path in folder.glob(f"*@{size}@radar@test.npz")})
+    for head in HEADS:
+        print(f"\n{head}, {size} px: {', '.join(COLUMNS)}", flush=True)
+        found = {}  # name: float [columns, splits]
+        for name in names:
+            found[name] = np.stack([judge(folder, name, size, c, head) for c in COLUMNS])
+            print(f"{name:24}", *(f"{value:.3f}" for value in found[name].mean(1)), flush=True)
+        recipes: dict[str, list[np.ndarray]] = {}
+        for name in names:
+            recipes.setdefault(re.sub(r"-seed\d+", "", name), []).append(found[name])
+        for name, runs in recipes.items():
+            if "stats" not in found or name == "stats":
+                continue
+            less = np.stack(runs) - found["stats"]  # [runs, columns, splits]
+            parts = {"EuroSAT": less[:, :3].mean(1), "optical": less[:, 3], "radar": less[:, 4]}
+            for column, values in parts.items():
+                each, overlap = (values.mean(1), 0) if len(runs) > 1 else (values[0], 0.25)
+                spread = f", standard deviation {each.std(ddof=1):.3f}" * (len(runs) > 1)
+                print(f"{name}, {len(runs)} pre-trainings, less stats, {column}: "
+                      f"{interval(each, overlap)}{spread}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    what, *words = sys.argv[1:]
+    if what == "lists":
+        write_lists(*map(Path, words))
+    else:
+        for each in words[1:] or ("64", "128"):
+            print_table(Path(words[0]), each)
