@@ -615,8 +615,9 @@ def open_archive(args: Namespace) -> Archive:
     watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
     names = [listed[i][0] for i in chosen]
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    for texts in [(str(root), *sys.argv), *listed]:  # as metadata must be
-        " ".join(texts).encode()  # else UnicodeEncodeError, now
+    for texts in [(str(root), *sys.argv), *listed]:
+        for text in texts:
+            text.encode()  # as metadata must be; else UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
     about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),

@@ -1064,6 +1064,7 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_before_training(archive, tmp
     message = refused(2, "--mode", "single", "--root", os.fsdecode(root), *SMALL, "--out",
                       tmp_path / "run")  # fmt: skip
     assert "UTF-8" in message and not (tmp_path / "run").exists()
+    assert message.endswith("\\udce9'\n")  # the name alone, not all of the command
 
 
 @pytest.mark.parametrize(
