@@ -1213,7 +1213,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+    if sys.stdout:  # None where it was closed: >&-
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
         sys.exit(main())
     except KeyboardInterrupt:
