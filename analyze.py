@@ -48,10 +48,11 @@ SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "
 TABLE = ("channels", "train_images")
 DATA = "files images parts places ignored nodata".split()  # in config: what was learnt and judged
 # In config: what changes with the seed, or says nothing of how the weights were used
-NOT_SETTINGS = set(
-    "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated"
-    " encoder unseen_bands device losses cached root seconds train_images validation".split()
-)
+NOT_SETTINGS = {
+    *DATA, *"identity task learning_rate l2_penalty neighbours optimiser mean std train test"
+    " validated encoder unseen_bands device losses cached root seconds train_images"
+    " validation".split(),
+}  # fmt: skip
 USAGE = ("bn", "stats", "epochs", "bf16")  # told of every row where rows of a section differ in it
 # flags of pretrain.py that say where, how fast and until when, not how
 IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
@@ -251,7 +252,7 @@ def label_rows(results: list[Result]) -> None:
     places = {r.file: r.place for r in results if r.file}
     common = {key for key in USAGE if len({r.setting(key) for r in results} - {""}) > 1}
     for alike in groups(results, "name", "channels").values():
-        keys = {key for r in alike for key in r.config} - NOT_SETTINGS - {*DATA}
+        keys = {key for r in alike for key in r.config} - NOT_SETTINGS
         apart = common | {key for key in keys if len({r.setting(key) for r in alike}) > 1}
         for r in alike:
             r.usage = tuple(f"{key} {r.setting(key)}" for key in sorted(apart) if r.setting(key))
@@ -607,12 +608,12 @@ def make_tests(table: Table, metric: str) -> list[Test]:
         for kind in ["over pre-trainings"] if a in table.recipes else kinds:
             test = Test(kind, family, metric, a, b)
             families.setdefault((kind, family), []).append(test)
-            if kept[a].config.get("task") != kept[b].config.get("task"):
+            if kept[a].config.get("task") == kept[b].config.get("task"):
+                members = [table.recipes.get(row, [row]) for row in (a, b)]
+                drawn = kept[b].name in DRAWN
+                compare(table.values[metric], test, *members, table.bands, overlap, drawn)
+            else:
                 test.note = "probed with other settings"
-                continue
-            compare(table.values[metric], test, table.recipes.get(a, [a]),
-                    table.recipes.get(b, [b]), table.bands, overlap, kept[b].name in DRAWN
-                    )  # fmt: skip
     for family in families.values():
         correct(family)
     return list(itertools.chain(*families.values()))

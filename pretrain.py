@@ -1171,7 +1171,7 @@ def main() -> int:
             due, stop = agree(sums, bad, due, stop)
         cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
         last = bool(stop) or step == end
-        if line or last or (time.monotonic() - shown > 30 and not compiles):
+        if line or last or (now - shown > 30 and not compiles):
             total, spread, cosine, replaced = sums.tolist()  # waits for the device
             now = time.monotonic()
             if not math.isfinite(total):

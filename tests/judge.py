@@ -17,13 +17,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from analyze import summarise  # noqa: E402
 
 COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
 HEADS = {"regression": (1e-4, 1e-3, 1e-2, 1e-1), "neighbours": (1, 5, 10, 20)}
@@ -32,22 +34,20 @@ HEADS = {"regression": (1e-4, 1e-3, 1e-2, 1e-1), "neighbours": (1, 5, 10, 20)}
 def write_lists(data: Path, folder: Path) -> None:
     """The same third of EuroSAT for each band, of the scenes for each sensor."""
     rng = np.random.default_rng(2026)
-    photos = sorted((data / "eurosat_rgb").glob("*/*.jpg"))
-    scenes = list(csv.DictReader(open(data / "s1s2_scenes/pairs.csv")))
-    at = {sensor: data.resolve() / "s1s2_scenes" for sensor in ("s1", "s2")}
+    photos = sorted((data / "eurosat_rgb").resolve().glob("*/*.jpg"))
+    scenes = (data / "s1s2_scenes").resolve()
+    rows = list(csv.DictReader(open(scenes / "pairs.csv")))
+    eurosat = {"eurosat": [f"{path},{path.parent.name}" for path in photos]}
+    sensors = {name: [f"{scenes / row[sensor]},{row['label']}" for row in rows]
+               for name, sensor in (("radar", "s1"), ("optical", "s2"))}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    for lists in (
-        {"eurosat": [(path.resolve(), path.parent.name) for path in photos]},
-        {name: [(at[sensor] / row[sensor], row["label"]) for row in scenes]
-         for name, sensor in (("radar", "s1"), ("optical", "s2"))},
-    ):  # fmt: skip
+    for lists in (eurosat, sensors):
         count = len(next(iter(lists.values())))
         val, test = np.split(rng.permutation(count), [count // 3])
-        for (name, rows), (part, chosen) in (
-            (pair, each) for pair in lists.items() for each in (("val", val), ("test", test))
-        ):
-            lines = ["image,label", *(f"{rows[i][0]},{rows[i][1]}" for i in sorted(chosen))]
-            (folder / f"{name}-{part}.csv").write_text("\n".join(lines) + "\n")
+        for name, lines in lists.items():
+            for part, chosen in (("val", val), ("test", test)):
+                text = "\n".join(["image,label", *(lines[i] for i in sorted(chosen))])
+                (folder / f"{name}-{part}.csv").write_text(text + "\n")
 
 
 def scores(x: np.ndarray, y: np.ndarray, head: str, value: float) -> np.ndarray:
@@ -71,15 +71,6 @@ def judge(folder: Path, name: str, size: str, column: str, head: str) -> np.ndar
     return scores(*test, head, best)
 
 
-def interval(differences: np.ndarray, overlap: float) -> str:
-    """Mean difference, its 95 % t-interval and p."""
-    n = len(differences)
-    error = np.sqrt((1 / n + overlap) * differences.var(ddof=1))
-    mean, half = differences.mean(), student.ppf(0.975, n - 1) * error
-    p = 2 * student.sf(abs(mean) / error, n - 1)
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}, p {p:.3f})"
-
-
 def print_table(folder: Path, size: str) -> None:
     names = sorted({path.name.split("@")[0] for path in folder.glob(f"*@{size}@radar@test.npz")})
     for head in HEADS:
@@ -98,9 +89,11 @@ def print_table(folder: Path, size: str) -> None:
             parts = {"EuroSAT": less[:, :3].mean(1), "optical": less[:, 3], "radar": less[:, 4]}
             for column, values in parts.items():
                 each, overlap = (values.mean(1), 0) if len(runs) > 1 else (values[0], 0.25)
+                mean, half = summarise(each, overlap)
                 spread = f", standard deviation {each.std(ddof=1):.3f}" * (len(runs) > 1)
-                print(f"{name}, {len(runs)} pre-trainings, less stats, {column}: "
-                      f"{interval(each, overlap)}{spread}", flush=True)  # fmt: skip
+                print(f"{name}, {len(runs)} pre-trainings, less stats, {column}: {mean:+.3f} "
+                      f"({mean - half:+.3f} to {mean + half:+.3f}){spread}", flush=True
+                      )  # fmt: skip
 
 
 if __name__ == "__main__":
