@@ -43,16 +43,14 @@ from scipy import stats
 ALPHA = 0.05
 DASH = "–"
 SHOWN = {"probe": {"f1_macro": "F1"}, "segment": {"miou": "mIoU", "aa": "AA"}}
-# Results that differ in a field of SECTION never meet; TABLE sets apart the tables of a section.
+# Results that differ in a field of SECTION are never compared; TABLE parts a section into tables.
 SECTION = ("stage", "dataset", "synthetic", "data", "split", "subset", "size", "classes", "head")
 TABLE = ("channels", "train_images")
 DATA = "files images parts places ignored nodata".split()  # in config: what was learnt and judged
 # In config: what changes with the seed, or says nothing of how the weights were used
-NOT_SETTINGS = {
-    *DATA, *"identity task learning_rate l2_penalty neighbours optimiser mean std train test"
-    " validated encoder unseen_bands device losses cached root seconds train_images"
-    " validation".split(),
-}  # fmt: skip
+NOT_SETTINGS = {*DATA, *(
+    "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated "
+    "encoder unseen_bands device losses cached root train_images validation").split()}  # fmt: skip
 USAGE = ("bn", "stats", "epochs", "bf16")  # told of every row where rows of a section differ in it
 # flags of pretrain.py that say where, how fast and until when, not how
 IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
@@ -66,7 +64,6 @@ OTHERS = [  # weights that are not ours, in the tables' order
     "SeCo",
 ]  # fmt: skip
 DRAWN = ("random", "scratch")  # new weights for each seed
-OTHER_HEADS = ("linear", "knn")  # than the paper's
 
 # ---------------------------------------------------------------------------- the paper
 
@@ -78,15 +75,13 @@ TRIPLES = {
 }
 # Table I: DFC2020, one channel, in %: a value for each of BANDS, then the paper's own mean.
 PAPER_I = {
-    ("RS-BYOL-1", "miou"): "54.8 57.7 57.8 58.3 54.5 56.6 57.6 55.5 58.1 58.5 57.2 57.2 56.98",
-    ("RS-BYOL-1", "aa"): "68.0 72.2 70.7 72.1 68.2 69.7 70.8 68.4 71.4 72.3 70.1 70.5 70.38",
-    ("RS-BYOL-1 w/150K", "miou"):
-        "54.3 58.6 57.6 57.6 56.4 56.6 57.6 55.3 57.6 57.9 57.5 57.5 57.05",
-    ("RS-BYOL-1 w/150K", "aa"): "71.0 72.1 73.0 70.7 69.8 69.6 71.2 67.9 70.6 71.5 71.2 71.8 70.87",
-    ("RS-BYOL-1 w/64BS", "miou"):
-        "57.7 59.6 58.8 59.1 57.5 54.8 56.0 56.5 59.2 58.4 58.3 57.8 57.81",
-    ("RS-BYOL-1 w/64BS", "aa"): "72.0 72.7 72.5 73.1 71.3 68.0 69.6 69.6 72.4 72.0 70.9 71.2 71.27",
-}  # fmt: skip
+    "RS-BYOL-1 miou": "54.8 57.7 57.8 58.3 54.5 56.6 57.6 55.5 58.1 58.5 57.2 57.2 56.98",
+    "RS-BYOL-1 aa": "68.0 72.2 70.7 72.1 68.2 69.7 70.8 68.4 71.4 72.3 70.1 70.5 70.38",
+    "RS-BYOL-1 w/150K miou": "54.3 58.6 57.6 57.6 56.4 56.6 57.6 55.3 57.6 57.9 57.5 57.5 57.05",
+    "RS-BYOL-1 w/150K aa": "71.0 72.1 73.0 70.7 69.8 69.6 71.2 67.9 70.6 71.5 71.2 71.8 70.87",
+    "RS-BYOL-1 w/64BS miou": "57.7 59.6 58.8 59.1 57.5 54.8 56.0 56.5 59.2 58.4 58.3 57.8 57.81",
+    "RS-BYOL-1 w/64BS aa": "72.0 72.7 72.5 73.1 71.3 68.0 69.6 69.6 72.4 72.0 70.9 71.2 71.27",
+}
 # Table II: classification F1, three channels. The header of a last column is lost in our copy of
 # the paper, so that column is left out. Columns: (data set, subset, bands).
 WHOLE = "whole data set"
@@ -108,8 +103,8 @@ PAPER_II = {
 # Table III: DFC2020, three channels, in %. Our copy says RS-BYOL-3 without the variant, taken to be
 # S1S2; which column is SeCo's is inferred.
 PAPER_III = {
-    ("RS-BYOL-3 S1S2", "miou"): "51.6 51.3 51.6", ("RS-BYOL-3 S1S2", "aa"): "66.9 65.8 65.5",
-    ("SeCo", "miou"): "50.2 50.5 45.0", ("SeCo", "aa"): "64.8 64.8 60.9",
+    "RS-BYOL-3 S1S2 miou": "51.6 51.3 51.6", "RS-BYOL-3 S1S2 aa": "66.9 65.8 65.5",
+    "SeCo miou": "50.2 50.5 45.0", "SeCo aa": "64.8 64.8 60.9",
 }  # fmt: skip
 PAPER_TABLES = {("segment", 1): "I", ("probe", 3): "II", ("segment", 3): "III"}  # stage, channels
 
@@ -132,12 +127,12 @@ def clean(value: object) -> str:
 
 @contextmanager
 def surviving(faults: list[str], what: str) -> Iterator[None]:
-    """Whatever an odd input leads to inside becomes a line in `faults`: it costs no report."""
+    """Turn an exception inside into a line of `faults`, so that one bad input costs no report."""
     try:
         yield
     except Exception as error:
-        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
-        faults.append(f"{what}: {type(error).__name__}: {said}")
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
+        faults.append(f"{what}: {type(error).__name__}: {why}")
 
 
 def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
@@ -160,7 +155,7 @@ def share(value: float) -> float:
 
 
 class Result:
-    """One file of probe.py or segment.py, flat, its words `clean`; what is none raises."""
+    """A result file of probe.py or segment.py, its words `clean`; another file raises an error."""
 
     def __init__(self, path: Path) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -196,10 +191,9 @@ class Result:
         known = self.name.removesuffix(" fine-tuned") in OTHERS
         self.ours = not known and not self.name.startswith("other ")  # that: any ResNet's
         source = Path(clean(weights.get("source")))  # in short: "run", "run/encoder-epoch0070"
-        parts = (source.parent.name, source.stem)
+        place = f"{source.parent.name}/{source.stem}".removesuffix("/encoder").strip("/")
         self.file = "" if self.name in DRAWN else clean(weights.get("sha256"))
-        self.place = "/".join(part for part in parts if part not in ("", "encoder"))
-        self.place = self.place or self.file[:8]
+        self.place = place or self.file[:8]
         self.finetuned = config.get("finetune") is True
         self.recipe = recipe_of(about)
         self.pretraining = clean(about.get("seed"))
@@ -283,48 +277,32 @@ def named(name: str, details: list[str]) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
-Recipe = tuple[tuple[str, ...], list[Result]]  # its details; a result of each pre-training
-
-
-def judge_encoders(results: list[Result], faults: list[str]) -> list[Recipe]:
+def judge_encoders(results: list[Result], faults: list[str]) -> list[tuple]:
     """Set `judged` of a table's results: one encoder of each pre-training is compared with others.
 
     A recipe is the same flags but the seed's, probed in the same way. Its epoch is the latest that
-    three pre-trainings have here, and it is returned. Of other encoders the latest of each
-    pre-training is judged.
+    three pre-trainings have here; its details and a result of each are returned. Of other encoders
+    the latest of each pre-training is judged.
     """
     recipes = []
     for (flags, _, usage), found in groups(results, "recipe", "name", "usage").items():
         if not flags:
             continue
-        several = [epoch for (epoch,), its in groups(found, "epoch").items()
-                   if len({r.pretraining for r in its}) >= 3]  # fmt: skip
-        chosen = []
-        for its in groups(found, "pretraining").values():
-            best = max(several or [r.epoch for r in its])
-            if rivals := [r for r in its if r.epoch == best]:
-                last = min(rivals, key=lambda r: len(r.place))  # encoder, not its copy
-                chosen.append(last)
-                folder = last.place.partition("/")[0]  # it may hold the same encoder twice
-                others = {r.place for r in rivals if r.file != last.file}
-                for place in sorted(p for p in others if p.partition("/")[0] != folder):
-                    faults.append(f"{place}: the same command, seed and epoch as {last.place}, "
-                                  "which alone is tested")  # fmt: skip
+        by_length = sorted(found[::-1], key=lambda r: -len(r.place))
+        encoders = {(r.pretraining, r.epoch): r for r in by_length}  # the shortest place's stays
+        epochs = [epoch for _, epoch in encoders]
+        several = [epoch for epoch in epochs if epochs.count(epoch) >= 3]
+        chosen = [r for (seed, epoch), r in encoders.items()
+                  if epoch == max(several or [e for s, e in encoders if s == seed])]  # fmt: skip
         for r in found:
-            r.judged = r.file in {last.file for last in chosen}
+            kept = encoders[r.pretraining, r.epoch]
+            r.judged = kept in chosen and r.file == kept.file
+            line = f"{r.place}: the same command, seed and epoch as {kept.place}, which is tested"
+            if kept in chosen and not r.judged and line not in faults:
+                faults.append(line)
         if several:
             recipes.append(((*flags, f"epoch {max(several):g}", *usage), chosen))
     return recipes
-
-
-def name_recipes(recipes: list[Recipe], common: set[str]) -> dict[str, list[str]]:
-    """Label -> the labels of the encoders; `common`: the details that need no saying."""
-    named_so = {}
-    for details, members in recipes:
-        own = [detail for detail in details if detail not in common]
-        label = named(members[0].name, [f"{len(members)} pre-trainings", *own])
-        named_so[label] = sorted(r.label for r in members)
-    return named_so
 
 
 # ---------------------------------------------------------------------------- tests
@@ -356,78 +334,63 @@ class Test:
     effect: str = ""  # which of the two
     note: str = ""  # why it is not tested
 
-
-def half_width(error: float, df: float, alpha: float = ALPHA) -> float:
-    """Of the interval that a t-test of level alpha agrees with."""
-    return float(stats.t.ppf(1 - alpha / 2, df) * error)
+    def interval(self, alpha: float) -> tuple[float, float]:
+        """Of the difference: it leaves out 0 where p < alpha, and only there."""
+        return stats.t.interval(1 - alpha, self.df, self.difference, self.error)
 
 
 def summarise(values: np.ndarray, overlap: float = 0.0) -> tuple[float, float]:
-    """Mean and half width of its 95 % t-interval, which is NaN for fewer than two values.
+    """Mean and half width of its 95 % t-interval, which is NaN for a single value.
 
     overlap: test images for each image that is none, where the values come from random splits of
     one data set, else 0: the variance of the mean is taken as (1/J + overlap) times the values'
     (Nadeau and Bengio, Inference for the generalization error, 2003). Few labels are drawn from
     all that are no test images, so that their number does not enter.
     """
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else math.nan), math.nan
-    error = np.sqrt((1 / len(values) + overlap) * np.var(values, ddof=1))
-    return float(np.mean(values)), half_width(error, len(values) - 1)
+    n = len(values)
+    error = np.sqrt((1 / n + overlap) * np.var(values, ddof=1)) if n > 1 else math.nan
+    return float(np.mean(values)), float(stats.t.ppf(1 - ALPHA / 2, n - 1) * error)
 
 
-def decide(test: Test, error: float, df: float, spread: float) -> Test:
-    """Fill in t, p, the interval and d from the standard error and spread of the difference."""
+def t_test(test: Test, *samples: np.ndarray, overlap: float = 0.0) -> Test:
+    """Student's t-test that the mean of one sample, differences, is 0; of two samples, Welch's.
+
+    With fewer than three values each it errs too often, so it is not made. For one sample, Welch
+    and Satterthwaite's degrees of freedom are n - 1. overlap: as in `summarise`.
+    """
+    test.n = " and ".join(str(len(x)) for x in samples)
+    test.difference = float(samples[0].mean() - sum(x.mean() for x in samples[1:]))
+    test.effect = "d" if len(samples) > 1 else "d_z"
+    if min(map(len, samples)) < 3:
+        test.note = f"fewer than three values {test.kind}"
+        return test
+    variances = np.array([x.var(ddof=1) for x in samples])
+    shares = variances * [1 / len(x) + overlap for x in samples]  # of the difference's variance
+    error = math.sqrt(shares.sum())
     if error < 1e-12:
         test.note = "no spread"
         return test
-    test.error, test.df, test.d = float(error), float(df), float(test.difference / spread)
-    test.t = test.difference / test.error
-    test.p = float(2 * stats.t.sf(abs(test.t), df))
-    half = half_width(test.error, df)
-    test.low, test.high = test.difference - half, test.difference + half
+    shares /= shares.sum()
+    test.df = float(1 / sum(shares**2 / [len(x) - 1 for x in samples]))
+    test.error, test.t = error, test.difference / error
+    test.p = float(2 * stats.t.sf(abs(test.t), test.df))
+    test.low, test.high = test.interval(ALPHA)
+    test.d = float(test.difference / np.sqrt(variances.mean()))
     return test
-
-
-def paired_test(test: Test, a: np.ndarray, b: np.ndarray, overlap: float = 0.0) -> Test:
-    """Paired t-test of a - b, float [n] each, at least three; overlap: as in `summarise`."""
-    test.n, test.effect, test.difference = str(len(a)), "d_z", float(np.mean(a - b))
-    if len(a) < 3:
-        test.note = f"fewer than three {test.kind.removeprefix('over ')} in common"
-        return test
-    spread = np.std(a - b, ddof=1)
-    return decide(test, np.sqrt(1 / len(a) + overlap) * spread, len(a) - 1, spread)
-
-
-def welch_test(test: Test, a: np.ndarray, b: np.ndarray) -> Test:
-    """Welch's t-test of a - b, at least three values each: with two it errs too often."""
-    test.n, test.effect, test.difference = f"{len(a)} and {len(b)}", "d", float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 3:
-        test.note = "fewer than three values"
-        return test
-    one, two = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where neither varies: not tested
-        df = (one + two) ** 2 / (one**2 / (len(a) - 1) + two**2 / (len(b) - 1))
-    spread = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
-    return decide(test, np.sqrt(one + two), df, spread)
 
 
 def correct(tests: list[Test]) -> None:
     """Holm's correction (1979) of one family: p_holm, and the interval that agrees with it.
 
-    Holm multiplies p by a number; the interval is the one at 1 - ALPHA / that number, so it leaves
-    out 0 where p_holm < ALPHA, and only there.
+    Holm multiplies p by a number; the interval is the one at 1 - ALPHA / that number.
     """
     tested = sorted((test for test in tests if test.p == test.p), key=lambda test: test.p)
     largest = 0.0
     for rank, test in enumerate(tested):
-        factor = len(tested) - rank
-        if factor * test.p < largest:
-            factor = largest / test.p
+        factor = max(len(tested) - rank, largest / (test.p or 1))
         largest = factor * test.p
         test.p_holm = min(1.0, largest)
-        half = half_width(test.error, test.df, ALPHA / factor)
-        test.low_holm, test.high_holm = test.difference - half, test.difference + half
+        test.low_holm, test.high_holm = test.interval(ALPHA / factor)
 
 
 Values = dict[tuple[str, str], dict[int, float]]  # (row, bands) -> seed -> one metric
@@ -462,19 +425,17 @@ def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[
     if not x.size:
         test.note = "no band and seed in common"
         return test
-    if test.kind == "over bands":
-        test.method = "paired t-test over bands"
-        return paired_test(test, *x.mean(2))
-    if test.kind == "over seeds":
-        test.method = "paired t-test over seeds"
+    if axis := {"over bands": 2, "over seeds": 1}.get(test.kind):  # averaged, before the test
+        overlap *= test.kind == "over seeds"
+        test.method = f"paired t-test {test.kind}"
         test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
-        return paired_test(test, *x.mean(1), overlap)
+        return t_test(test, np.subtract(*x.mean(axis)), overlap=overlap)
     ours, other = x[: len(a)].mean((1, 2)), x[len(a) :]
     if len(b) > 1 or drawn:
         test.method = "Welch's t-test over pre-trainings" + " and draws" * drawn
-        return welch_test(test, ours, other[0].mean(0) if drawn else other.mean((1, 2)))
+        return t_test(test, ours, other[0].mean(0) if drawn else other.mean((1, 2)))
     test.method = "t-test over pre-trainings' differences"
-    return paired_test(test, ours, np.full(len(ours), other.mean()))
+    return t_test(test, ours - other.mean())
 
 
 # ---------------------------------------------------------------------------- tables
@@ -493,8 +454,7 @@ class Table:
         self.metric = next(iter(SHOWN[self.stage].values()))  # the one of verdicts and figures
         self.form = ".1f" if self.stage == "segment" else ".3f"
         self.recipes = recipes  # row: the rows of its pre-trainings
-        names = {r.label: r.name for r in results}
-        names |= {row: names[members[0]] for row, members in self.recipes.items()}
+        names = {r.label: r.name for r in results} | {row: self.first(row).name for row in recipes}
         order = [*OTHERS, *sorted(names.values())]
         self.rows = sorted(names, key=lambda r: (order.index(names[r]), r not in self.recipes, r))
         bands = {r.bands for r in results}
@@ -503,11 +463,10 @@ class Table:
         self.columns = self.bands + ["mean"] * (self.channels == 1 and len(self.bands) > 1)
         self.values: dict[str, Values] = {}
         self.cells, self.tests = [], []
-        scale = 100 if self.stage == "segment" else 1
+        scale, runs = 100 if self.stage == "segment" else 1, groups(results, "label", "bands")
         for metric, shown in SHOWN[self.stage].items():
-            values = self.values[shown] = {}
-            for r in results:
-                values.setdefault((r.label, r.bands), {})[r.seed] = scale * r.metrics[metric]
+            self.values[shown] = {key: {r.seed: scale * r.metrics[metric] for r in its}
+                                  for key, its in runs.items()}  # fmt: skip
             for row, column in itertools.product(self.rows, self.columns):
                 n, mean, half = self.mean(row, shown, self.bands if column == "mean" else [column])
                 self.cells.append(SimpleNamespace(  # a column of tables.csv each
@@ -547,15 +506,16 @@ def paper_value(r: Result, metric: str, column: str) -> str:
     whole or 7000, SEN12MS 5000.
     """
     finetuned = r.finetuned and r.name != "scratch"
-    if r.synthetic or finetuned or r.train_images or r.synthetic_tiles or r.head in OTHER_HEADS:
+    other = r.head in ("linear", "knn") or r.train_images or finetuned
+    if other or r.synthetic or r.synthetic_tiles:
         return ""
-    place = (r.dataset, r.subset, column)
+    place, row = (r.dataset, r.subset, column), f"{r.name} {metric}"
     if r.stage == "probe" and r.name in PAPER_II and place in PAPER_II_COLUMNS:
         return PAPER_II[r.name].split()[PAPER_II_COLUMNS.index(place)]
     if (r.dataset, r.subset, len(r.classes)) == ("dfc2020", "subset 900", 8):
         for paper, columns in ((PAPER_I, [*BANDS, "mean"]), (PAPER_III, [*TRIPLES.values()])):
-            if (r.name, metric) in paper and column in columns:
-                return paper[r.name, metric].split()[columns.index(column)]
+            if row in paper and column in columns:
+                return paper[row].split()[columns.index(column)]
     return ""
 
 
@@ -583,11 +543,14 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
         by_table = groups(without_copies(section, faults), *TABLE)
         recipes = {key: judge_encoders(its, faults) for key, its in by_table.items()}
         details = [set(detail) for its in recipes.values() for detail, _ in its]
-        common = set.intersection(*details) if details else set()
+        common = set.intersection(*details) if details else set()  # it needs no saying
         sections.append([])
         for key in sorted(by_table, key=lambda key: (-(key[1] or math.inf), key[0])):
             about = f"{title}; {key[1]} labelled images to learn from" if key[1] else title
-            rows = name_recipes(recipes[key], common)
+            rows = {}  # the label of a recipe: those of its encoders
+            for detail, members in recipes[key]:
+                own = [f"{len(members)} pre-trainings", *(d for d in detail if d not in common)]
+                rows[named(members[0].name, own)] = [r.label for r in members]
             sections[-1].append(Table(next(number), about, by_table[key], rows))
     return sections
 
@@ -603,14 +566,13 @@ def make_tests(table: Table, metric: str) -> list[Test]:
             continue  # a recipe is not compared with one encoder
         floor = kept[a].ours and kept[b].name in ("random", "stats", "scratch")
         family = f"against {kept[b].name}" if floor else "others"
-        overlap = max(kept[a].overlap, kept[b].overlap)
         kinds = ["over seeds"] + ["over bands"] * (len(table.bands) > 2)
         for kind in ["over pre-trainings"] if a in table.recipes else kinds:
             test = Test(kind, family, metric, a, b)
             families.setdefault((kind, family), []).append(test)
             if kept[a].config.get("task") == kept[b].config.get("task"):
                 members = [table.recipes.get(row, [row]) for row in (a, b)]
-                drawn = kept[b].name in DRAWN
+                overlap, drawn = kept[b].overlap, kept[b].name in DRAWN
                 compare(table.values[metric], test, *members, table.bands, overlap, drawn)
             else:
                 test.note = "probed with other settings"
@@ -825,8 +787,9 @@ def draw_bars(tables: list[Table]):
     figure, axes = new_figure(9, 2.4 * len(panels) + 0.1 * len(names) + 0.4, rows=len(panels))
     legend: dict[str, Any] = {}
     for axis, (table, part) in zip(axes, panels, strict=True):
-        width, highest = 0.85 / max(1, len(part)), 0.0
-        for cell in (c for c in table.cells if c.n and c.metric == table.metric):
+        cells = [c for c in table.cells if c.n and c.metric == table.metric]
+        width, highest = 0.85 / max(1, len(part)), max(cell.mean for cell in cells)
+        for cell in cells:
             x, row = table.columns.index(cell.bands), cell.weights
             if names.get(row) == "stats":
                 floor = axis.hlines(cell.mean, x - 0.45, x + 0.45, colors="black", ls="--")
@@ -835,9 +798,6 @@ def draw_bars(tables: list[Table]):
                 style = {"color": colours.get(row, GREY), "edgecolor": "black", "lw": 0.5}
                 x += (part.index(row) - (len(part) - 1) / 2) * width
                 legend[row] = axis.bar(x, cell.mean, width, yerr=cell.half_width_95, **style)
-            else:
-                continue
-            highest = max(highest, cell.mean)
         space = max(0.6, 10 / (len(part) + 1) - len(table.columns) / 2)  # few bars stay narrow
         axis.set(xlim=(-space, len(table.columns) - 1 + space), ylim=(0, 1.15 * highest or 1),
                  ylabel=table.metric + " (%)" * (table.stage == "segment"))  # fmt: skip
@@ -849,16 +809,12 @@ def draw_bars(tables: list[Table]):
 Points = list[tuple[float, str, Table]]  # x, and whose value stands there: a row of a table
 
 
-def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
-    """The metric against x over the bands that most lines have: random weights grey, in their
-    interval, the floor dashed. None where no line has two points."""
-    lines = {line: points for line, points in lines.items() if len(points) > 1}
-    if not lines:
-        return None
-    table = next(iter(lines.values()))[0][2]
+def draw_lines(table: Table, lines: dict[str, Points], xlabel: str, whiskers: bool):
+    """The metric against x over those of table's bands that most lines have: random weights grey,
+    in their interval, the floor dashed. None where no line has two points."""
     held = {line: {band for band in table.bands
                    if all(t.mean(row, t.metric, [band])[0] for _, row, t in points)}
-            for line, points in lines.items()}  # fmt: skip
+            for line, points in lines.items() if len(points) > 1}  # fmt: skip
     times = {band: sum(band in its for its in held.values()) for band in table.bands}
     bands = [band for band in table.bands if times[band] == max(times.values()) > 0]
     if not bands:
@@ -866,9 +822,8 @@ def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
     figure, (axis,) = new_figure(9, 3.4)
     legend: dict[str, Any] = {}
     means: list[float] = []
-    for index, (line, points) in enumerate(lines.items()):
-        if not held[line].issuperset(bands):
-            continue
+    drawn = {line: lines[line] for line in held if held[line].issuperset(bands)}
+    for index, (line, points) in enumerate(drawn.items()):
         values = sorted((x, *t.mean(row, t.metric, bands)[1:]) for x, row, t in points)
         x, y, half = np.nan_to_num(values).T
         name = points[0][2].first(points[0][1]).name
@@ -886,8 +841,7 @@ def draw_lines(lines: dict[str, Points], xlabel: str, whiskers: bool):
 
 def draw_steps(table: Table):
     """F1 against the length of pre-training: a thin line for each that was probed at several."""
-    encoders = [table.first(row) for row in table.rows if row not in table.recipes]
-    trained = [r for r in encoders if r.recipe]
+    trained = {r.label: r for r in table.results if r.recipe}.values()  # one of each row
     runs = groups(trained, "recipe", "pretraining", "name", "usage").values()
     several = [[(r.epoch, r.label, table) for r in run] for run in runs if len(run) > 1]
     lines = {max(points)[1]: points for points in several}
@@ -897,7 +851,7 @@ def draw_steps(table: Table):
     for row in table.rows:
         if table.first(row).name in ("random", "stats"):  # the same at every length
             lines[row] = [(min(epochs), row, table), (max(epochs), row, table)]
-    return draw_lines(lines, "epochs of pre-training", False)
+    return draw_lines(table, lines, "epochs of pre-training", False)
 
 
 def draw_labels(tables: list[Table]):
@@ -906,11 +860,10 @@ def draw_labels(tables: list[Table]):
     for table, row in ((t, row) for t in tables for row in t.shown()):
         x = table.results[0].train_images or table.results[0].config["train"]
         lines.setdefault(row, []).append((x, row, table))
-    if figure := draw_lines(lines, "labelled images to learn from", True):
+    if figure := draw_lines(tables[0], lines, "labelled images to learn from", True):
         ticks = sorted({x for points in lines.values() for x, _, _ in points})
-        figure.axes[0].set_xscale("log")
-        figure.axes[0].set_xticks(ticks, map(str, ticks))
-        figure.axes[0].set_xticks([], minor=True)
+        figure.axes[0].set(xscale="log", xticks=ticks, xticklabels=ticks)
+        figure.axes[0].minorticks_off()
     return figure
 
 
@@ -936,27 +889,27 @@ def draw_classes(table: Table):
     return figure
 
 
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """features float64 [n, D], labels int [n] of at most 2,000 images by a fixed seed; class names.
+def embed(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """t-SNE [n, 2] and labels int [n] of at most 2,000 images by a fixed seed; class names.
 
-    ValueError where no t-SNE can be made (scikit-learn's ends the process on some of these).
+    ValueError where it cannot be made, also of equal features: there scikit-learn's would crash.
     """
+    from sklearn.manifold import TSNE  # two seconds, for this figure only
+
     with np.load(path, allow_pickle=False) as file:
         features = file["features"]
         labels = file["labels"] if "labels" in file else np.zeros(len(features), int)
         names = [str(name) for name in file["classes"]] if "classes" in file else [""]
-    fit = features.ndim == 2 and min(features.shape) > 1 and labels.shape == features.shape[:1]
-    if not fit or features.dtype.kind != "f" or labels.dtype.kind not in "iu" or len(labels) < 12:
-        raise ValueError("it takes floats [12 or more, 2 or more], and for each an integer label")
+    if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu" or len(labels) < 12:
+        raise ValueError("it takes 12 images or more, and for each an integer label")
     kept = np.random.default_rng(0).permutation(len(labels))[:2000]
     features, labels = features[kept].astype(np.float64), labels[kept]
-    if not np.isfinite(features).all():
-        raise ValueError("features hold NaN or infinity")
     features /= max(np.abs(features).max(), 1e-300)
     features -= features.mean(0)
     if (spread := np.abs(features).max()) < 1e-6:
         raise ValueError("all features are alike: a collapsed encoder?")
-    return features / spread, labels, names
+    tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
+    return tsne.fit_transform(features / spread), labels, names
 
 
 def draw_tsne(files: list[Path], faults: list[str]):
@@ -964,15 +917,11 @@ def draw_tsne(files: list[Path], faults: list[str]):
     panels = []
     for path in files:
         with surviving(faults, f"{path}: no embeddings"):
-            panels.append((path.stem, *read_embeddings(path)))
+            panels.append((path.stem, *embed(path)))
     if not panels:
         return None
-    from sklearn.manifold import TSNE  # two seconds, for this figure only
-
     figure, axes = new_figure(3.4 * len(panels), 3.6, columns=len(panels))
-    for axis, (title, features, labels, names) in zip(axes, panels, strict=True):
-        tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
-        points = tsne.fit_transform(features)
+    for axis, (title, points, labels, names) in zip(axes, panels, strict=True):
         for index, c in enumerate(np.unique(labels).tolist()):
             mine, colour = points[labels == c], matplotlib.colormaps["tab20"].colors[index % 20]
             axis.scatter(*mine.T, 5, color=colour, linewidths=0, alpha=0.6)
@@ -986,30 +935,28 @@ def draw_tsne(files: list[Path], faults: list[str]):
 def draw_runs(runs: list[Run]):
     """What pre-training logged, by step."""
     shown = [key for key in LOGGED if any(np.isfinite(run.log[key]).any() for run in runs)]
-    rows = math.ceil(len(shown) / 2)
-    figure, axes = new_figure(9, 2.1 * rows + 0.6 + 0.09 * len(runs), rows, columns=2)
+    figure, axes = new_figure(9, 1.9 * len(shown) + 0.6 + 0.09 * len(runs), rows=len(shown))
     legend: dict[str, Any] = {}
-    for axis, key in zip(axes, shown, strict=False):
+    for axis, key in zip(axes, shown, strict=True):
         for index, run in enumerate(runs):
             there = np.isfinite(run.log[key])
             x, y = run.log["step"][there], run.log[key][there]
             style = {"color": COLOURS[index % 7], "ls": ["-", "--", "-."][index // 7 % 3]}
             (legend[run.name],) = axis.plot(x, y, marker="." * (len(x) < 40), **style)
-        axis.set(xlabel="step", ylabel=LOGGED[key])
-        axis.set_xlim(left=0)
-        if key in ("std", "match"):
-            axis.set_ylim(0, max(1.1 * axis.dataLim.y1, 0.55 * (key == "match")))
         if key == "match":
             axis.axhline(0.5, color="black", ls="--")  # chance
-    for axis in axes[len(shown) :]:
-        axis.set_axis_off()
+        bottom = 0 if key in ("std", "match") else None
+        axis.set(xlabel="step", ylabel=LOGGED[key], xlim=(0, None), ylim=(bottom, None))
     legend_below(figure, legend)
     return figure
 
 
 # ---------------------------------------------------------------------------- page
 
-STYLE = """
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<link rel="icon" href="data:,"><title>RS-BYOL report</title><style>
 :root{color-scheme:light dark}h1{font-size:1.5rem}
 body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:0 auto;padding:1rem;
 overflow-wrap:anywhere}
@@ -1023,6 +970,8 @@ small,figcaption,.note{font-size:.8rem;opacity:.8}figure{margin:1.5rem 0}
 figure img{background:#fff;display:block;max-width:100%;height:auto}
 .sheets{display:flex;flex-wrap:wrap;gap:1rem}.sheets figure{max-width:36rem;margin:0}
 .verdict{border-left:4px solid #0072b2;padding:.2rem 1rem}
+</style></head>
+<body><h1>RS-BYOL: what the encoders learnt</h1>
 """
 
 
@@ -1140,19 +1089,13 @@ def html_page(sections: list[list[Table]], runs: list[Run], embeddings: list[Pat
         parts += map(html_tables, itertools.chain(*sections))
     if lines := [f"<li>{escape(line)}</li>" for line in left_out + pictures.faults]:
         parts.append(f"<h2>Left out</h2>\n<ul>{''.join(lines)}</ul>\n")
-    return "".join([
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n',
-        '<link rel="icon" href="data:,"><title>RS-BYOL report</title>',
-        f"<style>{STYLE}</style></head>\n<body><h1>RS-BYOL: what the encoders learnt</h1>\n",
-        *parts, "<p class=note>Made by analyze.py.</p>\n</body></html>\n",
-    ])  # fmt: skip
+    return "".join([HEAD, *parts, "<p class=note>Made by analyze.py.</p>\n</body></html>\n"])
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[str]) -> list:
+def read_all(kind: Callable, files: list[Path], faults: list[str], remarks: list[str]) -> list:
     """What can be read. Synthetic data, such as the demo's, never stand beside real ones."""
     found = []
     for path in sorted(files):
@@ -1160,7 +1103,7 @@ def read_all(kind: Callable, files: list[Path], faults: list[str], said: list[st
             found.append(kind(path))
     real = [thing for thing in found if not thing.synthetic]
     if real and len(real) < len(found):
-        said.append(f"{len(found) - len(real)} of {len(found)} {kind.__name__.lower()}s are "
+        remarks.append(f"{len(found) - len(real)} of {len(found)} {kind.__name__.lower()}s are "
                     "synthetic and left out: give their folder alone to see them")  # fmt: skip
     return real or found
 
@@ -1180,9 +1123,9 @@ def main(argv: list[str] | None = None) -> int:
             fail(2, f"no folder {folder}: name the one that the other scripts wrote to")
 
     faults: list[str] = []
-    said: list[str] = []
-    results = read_all(Result, [*args.results.rglob("*.json")], faults, said)
-    runs = read_all(Run, [*args.runs.rglob("log.jsonl")] if args.runs else [], faults, said)
+    remarks: list[str] = []
+    results = read_all(Result, [*args.results.rglob("*.json")], faults, remarks)
+    runs = read_all(Run, [*args.runs.rglob("log.jsonl")] if args.runs else [], faults, remarks)
     embeddings = sorted(args.results.rglob("*.npz"))[:4]
     if not results and not runs:
         fail(1, "; ".join([f"{args.results} holds no result that can be read", *faults]))
@@ -1198,14 +1141,14 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
         with matplotlib.rc_context(PLOTS):
             page = Pictures(args.out, faults)
-            texts["index.html"] = html_page(sections, runs, embeddings, page, said)
+            texts["index.html"] = html_page(sections, runs, embeddings, page, remarks)
         for name, text in texts.items():
             part = args.out / f".{name}.part"
             part.write_text(text, encoding="utf-8")
             part.replace(args.out / name)
     except OSError as error:
         fail(2, f"--out {args.out}: {error.strerror}; the report is not complete")
-    for line in said:
+    for line in remarks:
         print(clean(line))
     for fault in faults:
         print(clean(f"analyze.py: left out: {fault}"), file=sys.stderr)

@@ -26,9 +26,9 @@ data or diverged, 2 wrong use; 129, 130 or 143 saved and stopped by SIGHUP, Ctrl
 
 import argparse
 import copy
-import csv
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,7 +38,7 @@ import sys
 import time
 import zipfile
 from argparse import Namespace
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
@@ -54,6 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # Settings -----------------------------------------------------------------------------------------
@@ -62,7 +63,6 @@ BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, t
     "Blue": "B02", "Green": "B03", "Red": "B04", "RE5": "B05", "RE6": "B06", "RE7": "B07",
     "NIR": "B08", "NNIR": "B8A", "SWIR1": "B11", "SWIR2": "B12", "SAR1": "VV", "SAR2": "VH",
 }  # fmt: skip
-SAR = ("SAR1", "SAR2")
 SEN12MS_S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()  # order in the file
 SEN12MS_S1 = "VV VH".split()
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
@@ -86,6 +86,7 @@ def fail(status: int, message: str) -> NoReturn:
 # <<< shared: bands
 
 RGB = ("Red", "Green", "Blue")
+SAR = ("SAR1", "SAR2")
 CHANNELS = {"single": 1, "three": 3, "rgb": 3}
 VARIANTS = {  # name, random MS bands and SAR bands of a pair
     ("single", "ms-sar"): ("RS-BYOL-1", 1, 1),
@@ -237,13 +238,11 @@ def read_settings() -> tuple[Namespace, dict | None]:
         try:
             config = json.loads(file.read_text())
             saved, bands = unset | config["settings"], config["bands"]
-            now = parse(shlex.split(str(config["command"]))[1:] + typed)
-            mean, std = np.array([bands["mean"], bands["std"]], float)
-            bands["mean"], bands["std"] = mean.tolist(), std.tolist()
-            sound = np.isfinite(mean).all() and (std > 0).all() and config["versions"]["torch"]
-            sound = sound and mean.shape == (len(bands["names"]),) and config["precision"] in DTYPES
-            if not sound or not {"sha256", "used"} <= config["pairs"].keys():
-                raise ValueError("bands, pairs, precision or versions")
+            longer = f"--epochs={saved['epochs']}"  # than the command said
+            now = parse([*shlex.split(str(config["command"]))[1:], longer, *typed])
+            np.array([bands["mean"], bands["std"]], float)
+            if config["precision"] not in DTYPES or not (config["pairs"] and bands["names"]):
+                raise ValueError("precision, pairs or bands")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
         now.out, now.max_steps, args = args.out, args.max_steps, now
@@ -367,16 +366,11 @@ def train_step(
     return watch
 
 
-def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
-    """Place in the restart cycle that `at` falls in, and that cycle's length."""
-    while at >= length:
-        at, length = at - length, length * mult
-    return at, length
-
-
 def learning_rate(step: int, steps_per_epoch: int, args: Namespace) -> float:
     """Cosine annealing with warm restarts (Loshchilov and Hutter 2017) at one step."""
-    at, length = in_cycle(step, args.restart_epochs * steps_per_epoch, args.restart_mult)
+    at, length = step, args.restart_epochs * steps_per_epoch  # in this cycle, and its length
+    while at >= length:
+        at, length = at - length, length * args.restart_mult
     return args.lr_min + (args.lr - args.lr_min) * (1 + math.cos(math.pi * at / length)) / 2
 
 
@@ -521,36 +515,20 @@ def list_pairs(args: Namespace) -> list[tuple[str, str]]:
     s2, s1 = (glob.glob(f"ROIs*/{s}_*/*_{s}_*.tif", root_dir=root) for s in ("s2", "s1"))
     twins = {path.replace("/s2_", "/s1_").replace("_s2_", "_s1_"): path for path in s2}
     if alone := sorted(twins.keys() ^ set(s1)):
-        path = twins.get(alone[0], alone[0])
-        fail(1, f"{root / path} has no {'S1' if path in s2 else 'S2'} twin ({len(alone)} such "
-             "tiles): fetch what is missing or move them away")  # fmt: skip
-    return sorted((path, twin) for twin, path in twins.items())
+        path = root / twins.get(alone[0], alone[0])
+        fail(1, f"{path} has no twin of the other sensor ({len(alone)} such): fetch or remove it")
+    return [(path, twin) for twin, path in twins.items()]
 
 
 def list_csv(path: Path) -> list[tuple[str, str]]:
     """(S2, S1) paths of a CSV with columns s1 and s2; other columns are left alone."""
     if not path.is_file():
         fail(2, f"no file {path}: --pairs takes a CSV with the columns s1 and s2")
-    pairs, line = [], 1
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, strict=True, skipinitialspace=True)
-            if not {"s1", "s2"} <= {*(rows.fieldnames or ())}:
-                raise ValueError("no column s1 or s2 (is the separator ';' or a tab?)")
-            line = 2
-            for row in rows:
-                for column in ("s1", "s2"):
-                    if not row[column] or not (path.parent / row[column]).is_file():
-                        raise ValueError(f"column {column}: no file {row[column]!r}")
-                pairs.append((row["s2"], row["s1"]))
-                line = rows.line_num + 1
-    except UnicodeDecodeError:
-        fail(1, f"{path} is not UTF-8 text: save it as that")
-    except (ValueError, csv.Error) as error:
-        fail(1, f"{path}: line {line}: {error}")
-    if not pairs:
-        fail(1, f"{path} has no row under its header")
-    return sorted(pairs)
+    rows = bandcrop.read_table(path, ("s1", "s2"))
+    for row, column in itertools.product(rows, ("s1", "s2")):
+        if not (path.parent / row[column]).is_file():
+            fail(1, f"{path}: line {row['line']}: column {column}: no file {row[column]!r}")
+    return [(row["s2"], row["s1"]) for row in rows]
 
 
 def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
@@ -563,8 +541,7 @@ def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
                 continue
             band = band_name(text)
             if band in place or (band in SAR) != sensor:
-                fail(2, f"--s{2 - sensor}-bands {order}: {band}/{BANDS[band]} stands twice or in "
-                     "the wrong file")  # fmt: skip
+                fail(2, f"--s{2 - sensor}-bands {order}: {band} stands twice or in the wrong file")
             place[band] = sensor, at, len(names)
     _, need_ms, need_sar = VARIANTS[args.mode, args.views]
     rgb = RGB if args.mode == "rgb" else ()
@@ -576,48 +553,31 @@ def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
     return {b: place[b] for b in BANDS if b in place and (need_sar or b not in SAR)}
 
 
-def leave_out(listed: list[tuple[str, str]], root: Path, path: str) -> list[tuple[str, str]]:
-    """The pairs but those of which the text file `path` names a tile: its name, or path in root."""
-    try:
-        lines = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()} - {""}
-    except (OSError, UnicodeDecodeError) as error:
-        fail(2, f"--exclude {path} is no UTF-8 text that can be read: {reason(error)}")
-    met = [{*pair, *map(os.path.basename, pair)} & lines for pair in listed]
-    kept = [pair for pair, named in zip(listed, met, strict=True) if not named]
-    if len(kept) == len(listed):
-        fail(2, f"--exclude {path} names no tile of {root}: one file name a line")
-    say(f"{len(listed) - len(kept)} pairs left out by {path}")
-    if unknown := lines.difference(*met):
-        warn(f"--exclude {path}: {len(unknown)} of {len(lines)} lines name no tile, such as "
-             f"{min(unknown)!r}")  # fmt: skip
-    return kept
-
-
 def open_archive(args: Namespace) -> Archive:
     """List the pairs, check that the mode has its bands, draw the seeded subset."""
     root = Path(args.pairs).parent if args.pairs else Path(args.root or "data/sen12ms")
     say(f"listing the pairs of {args.pairs or root}")
-    listed = list_pairs(args)
+    listed = sorted({*list_pairs(args)})  # each pair once
     if not listed:
         fail(2, NO_ARCHIVE.format(root=args.pairs or root))
-    twin, times = Counter(listed).most_common(1)[0]
-    if times > 1:
-        fail(1, f"{args.pairs or root}: {', '.join(twin)} is there {times} times: list each once")
     found, place = len(listed), find_bands(args)
     if args.exclude:
-        listed = leave_out(listed, root, args.exclude)
+        if not os.path.isfile(args.exclude):
+            fail(2, f"no file {args.exclude}: --exclude takes a text file, a tile's name a line")
+        text = Path(args.exclude).read_text("utf-8-sig", errors="replace")
+        lines = {line.strip() for line in text.splitlines()}  # names of tiles, or paths in root
+        listed = [pair for pair in listed if not lines & {*pair, *map(os.path.basename, pair)}]
+        if len(listed) == found:
+            fail(2, f"--exclude {args.exclude} names no tile of {root}: one file name a line")
+        say(f"{found - len(listed)} pairs left out by the {len(lines)} lines of {args.exclude}")
     order = np.argsort(stream(args.seed, SUBSET).random(len(listed)), kind="stable")
     chosen, spare = np.sort(order[: args.num_pairs]), np.sort(order[args.num_pairs :])
     if len(chosen) < args.batch_size:
-        advice = f"--batch-size {len(chosen)} or less" if len(chosen) > 1 else "2 pairs or more"
-        fail(2, f"{len(chosen)} pairs fill no batch: use {advice}")
+        fail(2, f"{len(chosen)} pairs fill no batch of {args.batch_size}: add pairs or lower it")
     pool = spare if len(spare) > 1 else chosen  # not trained on, if there are
     watched = pool[stream(args.seed, WATCHED).permutation(len(pool))[:256]]
     names = [listed[i][0] for i in chosen]
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    for texts in [(str(root), *sys.argv), *listed]:
-        for text in texts:
-            text.encode()  # as metadata must be; else UnicodeEncodeError, now
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
     about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
@@ -631,21 +591,17 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
     chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
     say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
     file, band, width = (np.tile(x, (len(chosen), 1)) for x in archive.place.T)
-    for path in archive.files[:, chosen].ravel():
-        with suppress(bandcrop.TileError):  # what is bad is found where it is read
-            tile = bandcrop.info(path)
-            if max(tile.height, tile.width) > 2048:
-                size = f"{tile.height} x {tile.width}"
-                warn(f"{path} is {size}: crops of a whole scene are shrunk: cut tiles first: "
-                     "gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
-                break
+    with suppress(bandcrop.TileError):  # what is bad is found where it is read
+        tile = bandcrop.info(archive.files[0, chosen[0]])
+        if max(tile.height, tile.width) > 2048:
+            warn(f"S2 files are {tile.height} x {tile.width}: crops of a whole scene are shrunk: "
+                 "cut tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
     paths = tqdm(archive.files[file, chosen[:, None]].tolist(), disable=None, leave=False, ncols=79)
     bad = "report" if args.bad_tiles == "skip" else "raise"
     try:
         mean, std = bandcrop.statistics(paths, band, width, bad, nodata=args.nodata)
     except bandcrop.TileError as error:
-        fail(1, f"{error} (--bad-tiles skip goes on without it; band counts are from --s2-bands "
-             "and --s1-bands)")  # fmt: skip
+        fail(1, f"{error} (--bad-tiles skip leaves it out; --s2-bands, --s1-bands count bands)")
     for name, m, s in zip(archive.bands, mean, std, strict=True):
         if s == 0:
             fail(1, f"band {name}/{BANDS[name]} is empty or constant in {len(chosen)} tiles")
@@ -657,7 +613,7 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
 
 
 def make_request(archive: Archive, files: np.ndarray, pairs: np.ndarray, bands: np.ndarray) -> dict:
-    """What bandcrop is to read: whole views a of `pairs` int [N], then their views b.
+    """What bandcrop is to read: whole tiles, view a of each of `pairs` int [N], then each view b.
 
     bands: int [N, 2, C]; "extra" has both as they are given.
     """
@@ -685,10 +641,8 @@ def requests(archive: Archive, args: Namespace, steps: range) -> Iterator[dict]:
         yield request
 
 
-def replace_bad(
-    batch: bandcrop.Batch, bad: dict[str, str], archive: Archive, args: Namespace
-) -> str:
-    """In place of a pair that cannot be read the batch's next good one; `bad` collects them.
+def replace_bad(batch: bandcrop.Batch, bad: dict, archive: Archive, args: Namespace) -> str:
+    """Replace each pair that cannot be read by the batch's next good one, and note it in `bad`.
 
     Returns why the run must stop, or "".
     """
@@ -718,18 +672,16 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError
         beside.unlink(missing_ok=True)
-        fail(1, f"cannot save {path}: {reason(error)}: once it is mended, --resume goes on from "
-             "the last checkpoint, if there is one")  # fmt: skip
+        fail(1, f"cannot save {path}: {reason(error)}: once that is mended, --resume goes on")
 
 
 def say(text: str, where: TextIO | None = None) -> None:
     """Print, by the first process; a reader that has gone or a full disk does not end a run."""
-    where = where or sys.stdout
     try:
         if not RANK:
             print(text, file=where, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), where.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (where or sys.stdout).fileno())
 
 
 def warn(message: str) -> None:
@@ -741,15 +693,12 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def new_config(
-    args: Namespace, archive: Archive, measured: tuple[list[float], list[float]],
-    device: torch.device, precision: str,
-) -> dict:  # fmt: skip
-    """Everything that says what a run is, written to config.json. `measured`: bands' mean, std."""
-    mean, std = measured
-    config = {
-        "schema": 1, "name": run_name(args, len(archive.names)), "settings": vars(args),
-        "pairs": archive.about, "bands": {"names": archive.bands, "mean": mean, "std": std},
+def new_config(args: Namespace, archive: Archive, device: torch.device, precision: str) -> dict:
+    """What config.json says of a run, beside its name and settings, which prepare adds."""
+    mean, std = band_statistics(archive, args)
+    return {
+        "schema": 1, "pairs": archive.about,
+        "bands": {"names": archive.bands, "mean": mean, "std": std},
         "precision": precision,
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -763,14 +712,6 @@ def new_config(
         "command": shlex.join(sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_config(args.out, config)
-    return config
-
-
-def write_config(out: Path, config: dict) -> None:
-    text = json.dumps(config, indent=1, default=str)  # str: of the path --out
-    write_atomic(out / "config.json", lambda part: part.write_text(text))
 
 
 def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> None:
@@ -780,86 +721,39 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
         "name": config["name"], "epoch": f"{epoch:g}", "command": config["command"],
         "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
         "std": json.dumps(bands["std"]), "synthetic": str(pairs["synthetic"]).lower(),
-        "pairs": str(pairs["used"]), "archive": pairs["sha256"][:12],
-        "code": config["versions"].get("pretrain.py", ""),
+        "pairs": str(pairs["used"]), "archive": pairs["sha256"][:12], "code": CODE,
     } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
     if settings["exclude"]:
         about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
+    about = {k: v.encode(errors="backslashreplace").decode() for k, v in about.items()}
     tensors = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
     write_atomic(path, lambda part: part.write_bytes(safetensors.torch.save(tensors, about)))
 
 
-def diverged(out: Path, step: int) -> NoReturn:
-    fail(1, f"loss or weights are not finite by step {step}: lower --lr or --precision fp32; what "
-         f"{out} holds is from before")  # fmt: skip
-
-
-def new_state() -> dict:
-    """Where a run stands, beside its parts: steps taken, bad tiles, what the next line sums up."""
-    return {"step": 0, "bad": {}, "sums": torch.zeros(4)}
-
-
-def alike(a: object, b: object) -> bool:
-    """Whether two states differ in values alone: not in types, keys or shapes."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return isinstance(b, list) and len(a) == len(b) and all(map(alike, a, b))
-    return type(a) is type(b)
-
-
-def load_checkpoint(path: Path, parts: dict) -> dict:
-    """Load what --resume goes on from into `parts` (networks, optimizer, scaler); the rest."""
-    try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify checksums
-            raise ValueError(f"the checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        new = {name: part.state_dict() for name, part in parts.items()} | new_state()
-        if not alike(new | {"bad": {**state["bad"]}}, state) or state["step"] < 0:
-            raise ValueError("it holds something else than such a run")
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
-        return state
-    except Exception as error:  # a damaged file fails in many ways
-        if out_of_memory(error):
-            raise
-        fail(1, f"{path} is damaged or of another version ({reason(error)}): start again with "
-             "another --out")  # fmt: skip
-
-
-def save(out: Path, config: dict, parts: dict, state: dict, epoch: float, log: TextIO) -> None:
+def save(out: Path, config: dict, parts: dict, state: dict, epoch: float) -> None:
     """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
-    if RANK:
-        return
-    os.fsync(log.fileno())
     byol = parts["byol"]
     if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
-        diverged(out, state["step"])
+        raise FloatingPointError(f"by step {state['step']}")
     if state["bad"]:
         rows = "".join(f"{pair}\t{message}\n" for pair, message in state["bad"].items())
-        write_atomic(out / "bad_tiles.txt", lambda part: part.write_text(rows))
+        write_atomic(out / "bad_tiles.txt", lambda part: part.write_bytes(os.fsencode(rows)))
     save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
     state = {name: part.state_dict() for name, part in parts.items()} | state
     write_atomic(out / "checkpoint.pt", partial(torch.save, state))
 
 
 def open_log(out: Path, step: int) -> TextIO:
-    """log.jsonl without a torn last line and what came after the checkpoint: that comes again."""
-    if RANK:
-        return open(os.devnull, "a")
-    path, kept = out / "log.jsonl", []
-    lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.rstrip("\n") + "\n")
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                fail(1, f"{path}: line {number} is damaged: remove it, then --resume")
+    """Open log.jsonl; cut a torn last line and the steps after the checkpoint: they come again."""
+    path = out / "log.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = text.split("\n")[:-1]  # without a torn last one
+    try:
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        fail(1, f"{path} is damaged: remove the line that is no JSON, then --resume")
     write_atomic(path, lambda part: part.write_text("".join(kept)))
-    return open(path, "a")
+    return open(os.devnull if RANK else path, "a")
 
 
 def draw_views(path: Path, request: dict, views: Tensor, archive: Archive) -> None:
@@ -881,15 +775,14 @@ def mean_rank(prediction: Tensor, projection: Tensor) -> float:
     cosine = F.normalize(prediction, dim=1) @ F.normalize(projection, dim=1).T  # [N, N]
     right = cosine.diagonal()[:, None]
     rank = (cosine > right).sum(1) + ((cosine == right).sum(1) - 1) / 2
-    return float(rank.mean()) / (len(cosine) - 1)
+    return float(rank.mean()) / (len(cosine) - 1 or math.nan)  # of one place: nan
 
 
 @torch.no_grad()
 def watch_learning(
     byol: BYOL, archive: Archive, args: Namespace, device: torch.device, autocast: Callable
-) -> float | None:
-    """`match`: the mean rank in both directions, of whole tiles as they are; None where fewer than
-    two can be read."""
+) -> float:
+    """`match`: mean_rank over both directions, of whole tiles without augmentation."""
     places = archive.watched.shape[1]
     u = split(stream(args.seed, WATCHED).random((places, sum(DRAWS.values()))), DRAWS)
     bands = choose_bands(u, archive.bands, args.mode, args.views)  # [places, 2, C]
@@ -898,24 +791,18 @@ def watch_learning(
         for at in np.array_split(np.arange(places), math.ceil(places / args.batch_size))
     ]
     shape = (2 * args.batch_size, CHANNELS[args.mode], args.size, args.size)
-    seen = []  # of each batch: predictions and projections, [2, N, P] each
-    bad: dict[int, str] = {}  # place: why it cannot be read
+    seen = []  # of each batch: predictions and projections of both views, [2, 2, N, P]
     byol.eval()
     for batch in bandcrop.stream(wanted, shape, device, args.threads, ahead=1):
         views = batch.x.contiguous(memory_format=torch.channels_last)
         with autocast():
-            prediction = byol.predictor(byol.student.projector(byol.student.encoder(views)))
-            projection = byol.teacher.projector(byol.teacher.encoder(views))
-        seen.append([widen(x).unflatten(0, (2, -1)) for x in (prediction, projection)])
-        at = batch.request["extra"]["pairs"]
-        bad |= {int(at[i % len(at)]): message for i, message in batch.report.errors}
+            prediction = byol.predictor(byol.student.forward(views))  # forward: not compiled
+            projection = byol.teacher.forward(views)
+        both = widen(torch.stack([prediction, projection])).unflatten(1, (2, -1))
+        bad = {i % both.shape[2] for i, _ in batch.report.errors}
+        seen.append(both[:, :, [i for i in range(both.shape[2]) if i not in bad]])
     byol.train()
-    if bad and args.bad_tiles == "stop":  # not in training, which would have stopped
-        warn(f"match is without {len(bad)} of {places} places: {[*bad.values()][0]}")
-    if places - len(bad) < 2:
-        return None
-    good = [i for i in range(places) if i not in bad]
-    p, t = (torch.cat(parts, dim=1)[:, good].cpu() for parts in zip(*seen, strict=True))
+    p, t = torch.cat(seen, dim=2).cpu()
     return (mean_rank(p[0], t[1]) + mean_rank(p[1], t[0])) / 2
 
 
@@ -968,16 +855,6 @@ def everyone(value: object) -> list:
     return values
 
 
-def agree(sums: Tensor, bad: dict, due: bool, stop: int) -> tuple[bool, int]:
-    """All processes save and stop at the same step; `sums` and `bad` become those of all."""
-    dist.all_reduce(sums)
-    sums /= WORLD
-    for also_due, also_stop, theirs in everyone((due, stop, bad)):
-        due, stop = due or also_due, max(stop, also_stop)
-        bad |= theirs
-    return due, stop
-
-
 def first_step(byol: BYOL, take: Callable[[], Tensor]) -> Tensor:
     """A step that compiles; without torch.compile where that fails: no compiler, an old card."""
     say("compiling, minutes")
@@ -1015,7 +892,7 @@ def describe(args: Namespace, device: torch.device, precision: str, steps: int) 
     say(f"on {device} ({card}), {precision}, {'' if args.compile else 'not '}compiled")
     say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
     if args.recipe == "paper" and steps < 20000:
-        say("few steps: try --recipe small: after 890 F1 0.62, not 0.45 (README)")
+        say("few steps: try --recipe small (after 890 steps F1 0.62 instead of 0.45: README)")
     if device.type == "cpu" and WORLD > 1:
         warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
     say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
@@ -1034,15 +911,11 @@ def progress(record: dict, steps_left: int, batch_size: int) -> str:
 
 
 def judge(record: dict, cycle_ends: bool, args: Namespace) -> None:
-    """Say at an epoch's end what is learnt, and what is wrong."""
-    if "match" in record:
-        say(f"  match {record['match']:.3f}")
+    """Warn at an epoch's end of what is wrong."""
     if record["std"] < 0.1 * args.projection**-0.5:
-        warn(f"COLLAPSE: the projection's spread is {record['std']:.2g}: try a higher --tau or a "
-             "lower --lr")  # fmt: skip
-    late = record["step"] >= 1000  # before, the cosine tells nothing
-    as_the_twelve = args.views == "ms-sar" and not args.negatives
-    if cycle_ends and late and record["cosine"] > 0.6 and as_the_twelve:
+        warn(f"COLLAPSE: spread is {record['std']:.2g}: try a higher --tau or a lower --lr")
+    as_measured = args.views == "ms-sar" and not args.negatives and record["step"] >= 1000
+    if cycle_ends and record["cosine"] > 0.6 and as_measured:  # as the runs that are cited
         warn(f"cosine is {record['cosine']:.2f} at a cycle's end: of twelve runs those that learnt "
              "ended at 0.2 to 0.3, the others at 0.66 to 0.70 (PROOF.md)")  # fmt: skip
 
@@ -1051,11 +924,9 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     """Settings, the run's config (written, where it is new), its pairs, its device."""
     args, config = read_settings()
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-        fail(2, f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the processes, from "
-             f"{2 * WORLD} on")  # fmt: skip
+        fail(2, f"--batch-size {args.batch_size}: give a multiple of {WORLD}, from {2 * WORLD} on")
     if WORLD > 1 and args.negatives:
-        fail(2, "--negatives (in --recipe small) compares the places of one process: with torchrun "
-             "add --negatives 0")  # fmt: skip
+        fail(2, "--negatives compares the places of one process: with torchrun add --negatives 0")
     device, precision = choose_device(args.device, (config or vars(args))["precision"])
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1064,34 +935,22 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     fewer = f" (fewer than --num-pairs {args.num_pairs})" if pairs < args.num_pairs else ""
     kind = "synthetic pairs" if archive.about["synthetic"] else "pairs"
     say(f"{run_name(args, pairs)}: {pairs} {kind}{fewer} -> {args.out}")
-    measured = None
     if RANK == 0:
-        measured = band_statistics(archive, args)
-        config = config or new_config(args, archive, measured, device, precision)
+        config = config or new_config(args, archive, device, precision)
     config = everyone(config)[0]
-    stats, otherwise = [config["bands"]["mean"], config["bands"]["std"]], "was started otherwise"
-    known = [config["pairs"]["sha256"], *config["bands"]["names"]]
-    if known != [archive.about["sha256"], *archive.bands]:
-        fail(2, f"{args.out} {otherwise}: its list of pairs, or of bands, is another (used then "
-             f"{config['pairs']['used']}, now {pairs}): choose another --out")  # fmt: skip
-    off = abs(np.subtract(measured or stats, stats)).max(0) / stats[1]  # in standard deviations
-    if off.max() > 0.1:
-        band = off.argmax()
-        was, now = stats[0][band], measured[0][band]
-        fail(2, f"{args.out} {otherwise}: tiles have changed ({archive.bands[band]}'s mean was "
-             f"{was:.4g}, is {now:.4g}): choose another --out")  # fmt: skip
-    if config["versions"].get("pretrain.py") != CODE:
-        warn(f"{args.out} was started by another version of this script")
-    if config["settings"].get("epochs") != args.epochs:  # the next --resume goes on as long
-        config["command"] += f" --epochs {args.epochs}"
-        config["settings"]["epochs"] = args.epochs
-        write_config(args.out, config)
-    config |= {"name": run_name(args, pairs), "settings": vars(args), "pairs": archive.about}
+    bands = config["bands"]
+    if (config["pairs"], bands["names"]) != (archive.about, archive.bands):
+        fail(2, f"{args.out} was started with other pairs or bands: choose another --out")
+    config |= {"name": run_name(args, pairs), "settings": vars(args)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=1, default=str)  # str: of the path --out
+    write_atomic(args.out / "config.json", lambda part: part.write_text(text))
+    stats = np.array([bands["mean"], bands["std"]], np.float32)
     if args.compile is None:
         args.compile = device.type == "cuda" and WORLD == 1
     processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.threads = args.threads or max(1, processors)  # of this process, that read
-    return args, config, archive._replace(stats=np.array(stats, np.float32)), device
+    return args, config, archive._replace(stats=stats), device
 
 
 def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
@@ -1104,9 +963,22 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
     byol = byol.to(device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     parts = {"byol": byol, "optimizer": make_optimizer(byol, args), "scaler": scaler}
-    state = new_state()
-    if (args.out / "checkpoint.pt").exists():
-        state = load_checkpoint(args.out / "checkpoint.pt", parts)
+    state, file = {"step": 0, "bad": {}}, args.out / "checkpoint.pt"
+    try:
+        if file.exists():
+            if damaged := zipfile.ZipFile(file).testzip():  # torch does not verify checksums
+                raise ValueError(f"the checksum of {damaged}")
+            new = {name: part.state_dict() for name, part in parts.items()} | state
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            kinds = partial(tree_map, lambda x: (type(x), getattr(x, "shape", None)))
+            if kinds(new | {"bad": {**state["bad"]}}) != kinds(state) or state["step"] < 0:
+                raise ValueError("it holds something else than such a run")
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
+    except Exception as error:  # a damaged file fails in many ways
+        if out_of_memory(error):
+            raise
+        fail(1, f"{file} is damaged or of another version ({reason(error)}): use another --out")
     if len({*(steps := everyone(state["step"]))}) > 1:
         fail(2, f"the processes start at steps {steps}: give all nodes the same {args.out}")
     return parts, state
@@ -1118,9 +990,7 @@ def main() -> int:
     parts, state = build(args, device, config["precision"])
     byol, optimizer, scaler = parts.values()
     began_at, bad = state["step"], state["bad"]
-    sums = state["sums"] = state["sums"].to(device)
-    step, end = began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    end = max(step, end)
+    step, end = began_at, max(began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize))
     millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
     describe(args, device, config["precision"], end)
     say(f"{args.arch}, {millions:.1f} million parameters; {end} steps, {per_epoch} an epoch")
@@ -1137,14 +1007,14 @@ def main() -> int:
     watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
-    timed = began_at  # the step at `since`
+    sums, count, replaced = torch.zeros(3, device=device), 0, 0  # since the last log line
 
     shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
     wanted = requests(archive, args, range(step, end))
     for batch in bandcrop.stream(wanted, shape, device, args.threads):
         if problem := replace_bad(batch, bad, archive, args):
             if step > began_at:
-                save(out, config, parts, state, step / per_epoch, log)
+                save(out, config, parts, state, step / per_epoch)
             fail(1, problem)
         draws = torch.from_numpy(batch.request["extra"]["draws"]).to(device, non_blocking=True)
         views = augment(batch.x, draws, args).contiguous(memory_format=torch.channels_last)
@@ -1153,60 +1023,61 @@ def main() -> int:
         a, b = views.chunk(2)
         lr = learning_rate(step, per_epoch, args)
         take = partial(train_step, model, optimizer, scaler, a, b, lr, args.tau, autocast)
-        compiles = args.compile and step == began_at
-        sums[:3] += first_step(byol, take) if compiles else take()
-        sums[3] += WORLD * int(batch.report.replaced.sum())  # sums are means over processes
+        waited += batch.waited
+        if args.compile and step == began_at:
+            sums += first_step(byol, take)
+            waited, since = 0.0, time.monotonic()  # minutes that say nothing of the speed
+            shown = since
+        else:
+            sums += take()
         step = state["step"] = step + 1
-        waited, now = waited + batch.waited, time.monotonic()
+        count, replaced = count + 1, replaced + int(batch.report.replaced.sum())
 
         # What is due after this step: a log line, an encoder, a checkpoint
         epoch, within = divmod(step, per_epoch)
-        count = (step - 1) % per_epoch % args.log_every + 1  # steps since the last log line
-        line, stop = not within or count == args.log_every, asked[0] if asked else 0
+        now = time.monotonic()
+        slow = now - shown > 30 and WORLD == 1
+        line, stop = within % args.log_every == 0 or slow, asked[0] if asked else 0
         due = step % args.checkpoint_every == 0 if args.checkpoint_every else now - saved > 120
-        if WORLD > 1:
-            by_step = due and args.checkpoint_every  # all processes know these
-            if step % 10 and not (line or by_step or compiles or step == end):
+        if WORLD > 1:  # all save and stop at the same step: one that all know, or every tenth
+            if step % 10 and not (line or step == end or (due and args.checkpoint_every)):
                 continue
-            due, stop = agree(sums, bad, due, stop)
-        cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
+            for also_due, also_stop, theirs in everyone((due, stop, bad)):
+                due, stop = due or also_due, max(stop, also_stop)
+                bad |= theirs
+        cycle_ends = learning_rate(step, per_epoch, args) > lr  # the next step's
         last = bool(stop) or step == end
-        if line or last or (now - shown > 30 and not compiles):
-            total, spread, cosine, replaced = sums.tolist()  # waits for the device
+        if line or last:
+            loss, spread, cosine = (x / count for x in sums.tolist())  # waits for the device
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"by step {step}")
             now = time.monotonic()
-            if not math.isfinite(total):
-                diverged(out, step)
-            speed = (step - timed) * args.batch_size / (now - since)
-            timing = {"seconds": now - began, "pairs_per_second": speed,
-                      "data_wait": waited / (now - since)}  # fmt: skip
+            timing = {"seconds": now - began, "data_wait": waited / (now - since),
+                      "pairs_per_second": count * args.batch_size / (now - since)}  # fmt: skip
             record = {
-                "step": step, "epoch": step / per_epoch, "lr": lr, "loss": total / count,
-                "std": spread / count, "cosine": cosine / count, "replaced": round(replaced),
+                "step": step, "epoch": step / per_epoch, "lr": lr, "loss": loss, "std": spread,
+                "cosine": cosine, "replaced": replaced,
                 "timing": {name: round(value, 4) for name, value in timing.items()},
             }  # fmt: skip
-            if not within and (epoch % watch_every == 0 or epoch == args.epochs):
-                match = watch_learning(byol, archive, args, device, autocast)
-                record |= {} if match is None else {"match": match}
             if not within or last or now - shown > 30:
                 say(progress(record, end - step, args.batch_size))
                 shown = now
+            if not within and (epoch % watch_every == 0 or epoch == args.epochs):
+                record["match"] = watch_learning(byol, archive, args, device, autocast)
+                say(f"  match {record['match']:.3f}")
             if not within:
                 judge(record, cycle_ends, args)
-            if line:
-                print(json.dumps(record), file=log, flush=True)
-                sums.zero_()
-                waited, since, timed = 0.0, time.monotonic(), step
-        elif compiles:  # minutes that say nothing of the speed
-            waited, since, timed = 0.0, time.monotonic(), step
+            print(json.dumps(record), file=log, flush=True)
+            sums.zero_()
+            count, replaced, waited, since = 0, 0, 0.0, time.monotonic()
         if cycle_ends:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
         if due or last:
-            save(out, config, parts, state, step / per_epoch, log)
+            save(out, config, parts, state, step / per_epoch)
             saved = time.monotonic()
         if stop:
-            where = shlex.quote(str(out))
-            say(f"stopped at step {step} of {end}, saved: --resume --out {where} goes on")
+            say(f"stopped at step {step} of {end}, saved: --resume --out {shlex.quote(str(out))}")
             return 128 + stop
     bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
     encoder = out / "encoder.safetensors"
@@ -1225,8 +1096,8 @@ def run() -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except UnicodeEncodeError as error:
-        fail(2, f"a name is not UTF-8: rename it, or link to it by another: {ascii(error.object)}")
+    except FloatingPointError as error:
+        fail(1, f"loss or weights are not finite {error}: lower --lr or --precision fp32")
     except (OSError, bandcrop.TileError) as error:
         fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:
@@ -1234,8 +1105,7 @@ def run() -> int:
             fail(1, f"another process has ended, see its error: {reason(error)}")
         if not out_of_memory(error):
             raise
-        fail(1, "out of memory: use a smaller --batch-size or --size, and another --out: "
-             f"{reason(error)}")  # fmt: skip
+        fail(1, f"out of memory: use a smaller --batch-size and another --out: {reason(error)}")
 
 
 if __name__ == "__main__":

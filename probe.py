@@ -16,20 +16,18 @@ by F1 on a validation part of the training split, never on test. Exit: 1 bad dat
 """
 
 import argparse
-import contextlib
-import csv
 import functools
 import glob
 import hashlib
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -37,6 +35,7 @@ import bandcrop
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from scipy.special import stdtrit
@@ -61,7 +60,7 @@ DATASETS = {  # name: where it comes from; in a second line, where the lists for
     f"\n  lists: {RESISC45}/resisc45-{{train,val,test}}.txt",
     "sen12ms": "rsync it from dataserv.ub.tum.de (user and password m1474000)"
     "\n  lists: train_list.txt, test_list.txt of github.com/schmitt-muc/SEN12MS",
-    "csv": "give a CSV file with the columns image,label and, if it likes, split",
+    "csv": "give a CSV file with the columns image,label and optionally split",
 }
 TIFFS, PHOTOS = (".tif", ".tiff"), (".jpg", ".jpeg", ".png")
 SUFFIXES = {"eurosat": TIFFS, "eurosat-rgb": PHOTOS, "resisc45": PHOTOS}  # in folders by class
@@ -149,8 +148,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         fail(2, "training the encoder too: --head, --bn and --stats do not apply")
     if args.weights == "stats" and (args.finetune or args.cam or args.bn != "encoder"):
         fail(2, "--weights stats has no network: --finetune, --cam and --bn do not apply")
-    if args.cam == 1 or args.cam > ENCODE_BATCH:
-        fail(2, f"--cam {args.cam}: give 2 to {ENCODE_BATCH}: maps are divided by their mean")
     if args.cam and args.head != "mlp":
         fail(2, f"--cam goes back through the paper's head: not with --head {args.head}")
     idle = args.finetune or args.cam or args.split or args.subset or args.train_images
@@ -172,7 +169,6 @@ BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, t
     "Blue": "B02", "Green": "B03", "Red": "B04", "RE5": "B05", "RE6": "B06", "RE7": "B07",
     "NIR": "B08", "NNIR": "B8A", "SWIR1": "B11", "SWIR2": "B12", "SAR1": "VV", "SAR2": "VH",
 }  # fmt: skip
-SAR = ("SAR1", "SAR2")
 SEN12MS_S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()  # order in the file
 SEN12MS_S1 = "VV VH".split()
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
@@ -198,25 +194,22 @@ def fail(status: int, message: str) -> NoReturn:
 
 # >>> shared: results
 ARCHS = ("resnet18", "resnet34", "resnet50")
-TRIPLES = {
-    "RGB": ["Red", "Green", "Blue"],
-    "RE": ["RE5", "RE6", "RE7"],
-    "SAR": ["SAR1", "SAR2", "SAR1"],
-}
+TRIPLES = {"RGB": "Red,Green,Blue", "RE": "RE5,RE6,RE7", "SAR": "SAR1,SAR2,SAR1"}
 
 
-def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
-    """(file, 0-based band in it) by the paper's names, from a file's band names in order.
+def band_places(*orders: list[str]) -> dict[str, tuple[int, int]]:
+    """(file, 0-based band in it) by the paper's names, from each file's band names in order.
 
     "-" is skipped; B01, B09 and B10 (60 m) may be named and are not used.
     """
     places: dict[str, tuple[int, int]] = {}
-    for place, name in enumerate(order):
-        if name.strip().upper() not in ("-", "B01", "B09", "B10"):
-            band = band_name(name)
-            if band in places:
-                fail(2, f"band {band} ({BANDS[band]}) stands twice in {','.join(order)}")
-            places[band] = file, place
+    for file, order in enumerate(orders):
+        for place, name in enumerate(order):
+            if name.strip().upper() not in ("-", "B01", "B09", "B10"):
+                band = band_name(name)
+                if band in places:
+                    fail(2, f"band {band} ({BANDS[band]}) is named twice: name it once")
+                places[band] = file, place
     return places
 
 
@@ -224,40 +217,13 @@ def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list
     """The band lists of --band, one for each run: "all" -> [["Blue"], ["Green"], ...]."""
     if text.lower() == "all":
         return [[band] for band in BANDS if band in known]
-    bands = TRIPLES.get(text.upper()) or [band_name(name) for name in text.split(",")]
+    bands = [band_name(name) for name in TRIPLES.get(text.upper(), text).split(",")]
     for band in bands:
         if band not in known:
-            has = ", ".join(name for name in BANDS if name in known)
-            fail(2, f"{dataset} has no band {band} ({BANDS[band]}); it has {has}")
+            fail(2, f"{dataset} has no band {band} ({BANDS[band]}); it has {', '.join(known)}")
     if len(bands) not in (1, 3):
         fail(2, f"{len(bands)} bands ({', '.join(bands)}): give one or three")
     return [bands]
-
-
-def read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
-    if not path.is_file():
-        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
-    number, header, rows = 0, [], []
-    try:
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-            values = next(csv.reader([line], strict=True), [])  # alone: a quote ends on its line
-            if not header:
-                header = [name.strip().lower() for name in values]
-                if any(header.count(column) != 1 for column in {*columns, *header} - {""}):
-                    fail(1, f"{path} line {number}: {line[:80]!r} lacks one of the columns "
-                            f"{','.join(columns)}, has one twice, or no commas")  # fmt: skip
-            elif values and len(values) != len(header):
-                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
-            elif values:
-                rows.append(dict(zip(header, values, strict=True)) | {"line": number})
-    except UnicodeDecodeError as error:
-        fail(1, f"{path}: no UTF-8 text ({error})")
-    except csv.Error as error:
-        fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
-    if not rows:
-        fail(1, f"{path}: no row under the header {','.join(header)}")
-    return rows
 
 
 def open_folder(folder: Path) -> None:
@@ -284,22 +250,17 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 def digest_files(files: Iterable[str]) -> str:
     """sha256 over paths, sizes and times of change: another archive, or other pixels, differs."""
-    digest = hashlib.sha256()
+    found: dict[str, os.stat_result] = {}
     for file in files:
         stat = os.stat(file)
-        digest.update(os.fsencode(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
-    return digest.hexdigest()
+        if found.setdefault(os.path.realpath(file), stat) is not stat:
+            fail(1, f"{file} comes twice: trained and tested on, it would prove nothing")
+    return digest_of([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found.items()])
 
 
 def digest_of(value: Any) -> str:
     """sha256 over anything that JSON can hold: equal if and only if all in it is equal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
-    """A file for this result and no other: `identity` is the digest of all that determines it."""
-    readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
-    return out / f"{readable}-{identity[:12]}-seed{seed}.json"
 
 
 def done_before(path: Path) -> bool:
@@ -317,11 +278,8 @@ def done_before(path: Path) -> bool:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result with its versions; one that is there is never replaced."""
-    result["versions"] = {
-        "script": CODE,
-        "python": platform.python_version(), "numpy": np.__version__,
-        "torch": torch.__version__, "torchvision": torchvision.__version__,
-    }  # fmt: skip
+    versions = {module.__name__: module.__version__ for module in (np, torch, torchvision)}
+    result["versions"] = versions | {"script": CODE, "python": sys.version.split()[0]}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
         write_atomic(path, lambda file: file.write(text.encode()))
@@ -332,50 +290,43 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     """The metric by band, beside random's and the floor's where `out` has them for the same task:
     mean over seeds, half the width of the 95 % interval (Student's t)."""
     results = [json.loads(path.read_text()) for path in paths]
-    bands = dict.fromkeys("+".join(result["bands"]) for result in results)
-    name, config = results[0]["weights"]["name"], results[0]["config"]
-    tasks = {result["config"]["task"] for result in results}
+    name, task = results[0]["weights"]["name"], results[0]["config"]["task"]
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is no result of ours
+        with suppress(ValueError, KeyError, TypeError):  # what is no result of ours
             other = json.loads(path.read_text())
-            archs = {other["config"]["arch"], config["arch"]} - {None}  # None: the floor has none
-            alike = other["config"]["task"] in tasks and len(archs) == 1
-            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+            beside = other["weights"]["name"] in {"Random init", "stats"} - {name}
+            if beside and other["config"]["task"] == task:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
         title, its = result["weights"]["name"], result["config"]
-        if its["arch"] not in (None, config["arch"]):
-            title += f", {its['arch']}"
-        if its.get("bn") not in (None, config.get("bn")):
-            title += f", bn {its['bn']}"
+        title += f", {its['arch']}" * bool(its["arch"])  # the floor has none
+        title += ", bn re-estimated" * (its.get("bn") == "reestimate")
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
-    print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")
-    titles = ("band", *columns)
-    widths = [max(map(len, ["band", *bands])) + 2, *(max(len(t), 13) + 2 for t in columns)]
-    print("".join(map(str.ljust, titles, widths)).rstrip())
-    for band in bands:
-        cells = [band]
+    rows = [["band", *columns]]
+    for band in next(iter(columns.values())):  # those that were asked for
+        rows.append([band])
         for values in (column.get(band, []) for column in columns.values()):
-            cells.append(f"{np.mean(values):.3f}" if values else "-")
+            cell = f"{np.mean(values):.3f}" if values else "-"
             if len(values) > 1:
                 error = np.std(values, ddof=1) / len(values) ** 0.5
-                cells[-1] += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
-        print("".join(map(str.ljust, cells, widths)).rstrip(), flush=True)
+                cell += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
+            rows[-1].append(cell)
+    print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")
+    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
+    for row in rows:
+        print("".join(map(str.ljust, row, widths)).rstrip(), flush=True)
 
 
-class Progress:
-    """Says how far a part of the work is: on a terminal each 5 s, in a log file each minute."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.said = what, time.monotonic()
-        self.pause = 5 if sys.stdout.isatty() else 60
-
-    def __call__(self, done: int, count: int, note: str = "") -> None:
-        if done < count and time.monotonic() - self.said >= self.pause:
-            self.said = time.monotonic()
-            print(f"  {self.what}: {done} of {count}{note}", flush=True)
+def progress(what: str, items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The items; says how many are done: on a terminal each 5 s, in a log file each minute."""
+    said, pause = time.monotonic(), 5 if sys.stdout.isatty() else 60
+    for done, item in enumerate(items, 1):
+        yield item
+        if done < count and time.monotonic() - said >= pause:
+            said = time.monotonic()
+            print(f"  {what}: {done} of {count}", flush=True)
 
 
 # <<< shared: results
@@ -411,27 +362,16 @@ def list_images(dataset: str, root: Path, bands_in_file: str | None) -> Images:
     above = sorted({str(path.parents[1]) for path in found})
     if len(above) > 1:
         fail(2, f"{root}: images in {above[0]} and in {above[1]}: give one of them as --root")
-    refuse_copies(found)
     order = EUROSAT_BANDS if dataset == "eurosat" else ["Red", "Green", "Blue"]
     classes, labels = np.unique([path.parent.name for path in found], return_inverse=True)
     names, files = [path.stem for path in found], [(str(path),) for path in found]
     return Images(names, files, band_places(order), (len(order),), labels, classes.tolist())
 
 
-def refuse_copies(paths: list[Path]) -> None:
-    """Links to one file would lie in the training and in the test part."""
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
-            fail(1, f"{path} is {first} again: remove one")
-
-
 def list_sen12ms(root: Path) -> Images:
     """A scene's label is the simplified class that covers most of the lc tile's IGBP layer."""
     names, files, labels = [], [], []
-    found = sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS)
-    refuse_copies(found)
-    for lc in found:
+    for lc in sorted(p for p in root.glob("ROIs*/lc_*/*_lc_*") if p.suffix.lower() in TIFFS):
         inner = str(lc.relative_to(root))
         pair = [root / re.sub("(?<=[_/])lc(?=[_/])", kind, inner) for kind in ("s2", "s1")]
         igbp = bandcrop.read(str(lc), bands=[0])
@@ -444,46 +384,36 @@ def list_sen12ms(root: Path) -> Images:
             labels.append(int(most) - 1)
     if not names:
         fail(2, f"{root}: no SEN12MS with its lc tiles there; {DATASETS['sen12ms']}")
-    bands = band_places(SEN12MS_S2) | band_places(SEN12MS_S1, file=1)
+    bands = band_places(SEN12MS_S2, SEN12MS_S1)
     return Images(names, files, bands, (13, 2), np.array(labels), LAND_COVER)
 
 
 def list_csv(path: Path, bands_in_file: str | None) -> Images:
-    """Images of a table: image, label (needless for --embed) and, if it likes, split."""
-    rows = read_table(path, ["image"])
-    files = [str(path.parent / row["image"]) for row in rows]
-    geotiff = files[0].lower().endswith(TIFFS)
-    order = (bands_in_file or "Red,Green,Blue").split(",")
-    if geotiff and not bands_in_file:
+    """Images of a table with the columns image, label (--embed needs none) and optionally split."""
+    if not path.is_file():
+        fail(2, f"{path}: is no file; give a CSV file with the columns image,label[,split]")
+    rows = bandcrop.read_table(path, ["image"])
+    names = [row["image"] for row in rows]
+    if names[0].lower().endswith(TIFFS) and not bands_in_file:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
-    if not geotiff and len(order) not in (1, 3):
-        fail(2, f"--bands-in-file names {len(order)} bands; photos have one or three")
-    bands = band_places(order)
-    seen, spelt = {}, {}  # the line of each file, of each label
-    for row, file in zip(rows, files, strict=True):
-        at, label, split = f"{path} line {row['line']}:", row.get("label", "-"), row.get("split")
+    order = (bands_in_file or "Red,Green,Blue").split(",")
+    files = [(str(path.parent / name),) for name in names]
+    spelt: dict[str, str] = {}
+    for row, (file,) in zip(rows, files, strict=True):
+        at, label = f"{path}: line {row['line']}:", row.get("label", "-")
         if not os.path.isfile(file):
             fail(1, f"{at} no file {file}")
-        line = seen.setdefault(os.path.realpath(file), row["line"])
-        spelling = spelt.setdefault("".join(label.split()).lower(), (label, row["line"]))
-        if file.lower().endswith(TIFFS) != geotiff:
-            fail(1, f"{at} {file}: GeoTIFFs and photos in one table: make a table of each")
-        if line != row["line"]:
-            fail(1, f"{at} {row['image']} stands in line {line} already")
-        if split not in ("train", "val", "test", None):
-            fail(1, f"{at} split {split!r} is not train, val or test")
         if not label.strip():
             fail(1, f"{at} the label is empty")
-        if label != spelling[0]:
-            fail(1, f"{at} label {label!r} is line {spelling[1]}'s but for blanks or case")
-        if geotiff and (has := bandcrop.info(file).bands) != len(order):
-            fail(1, f"{at} {file} has {has} bands, --bands-in-file names {len(order)}")
-    names, files = [row["image"] for row in rows], [(file,) for file in files]
+        if (first := spelt.setdefault("".join(label.split()).lower(), label)) != label:
+            fail(1, f"{at} label {label!r} is {first!r} but for blanks or case")
     part = [row["split"] for row in rows] if "split" in rows[0] else None
+    if strange := {*(part or ())} - {"train", "val", "test"}:
+        fail(1, f"{path}: split {min(strange)!r} is not train, val or test")
     classes, labels = np.array([]), None
     if "label" in rows[0]:
         classes, labels = np.unique([row["label"] for row in rows], return_inverse=True)
-    return Images(names, files, bands, (len(order),), labels, classes.tolist(), part)
+    return Images(names, files, band_places(order), (len(order),), labels, classes.tolist(), part)
 
 
 def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
@@ -516,6 +446,8 @@ def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` places in `labels`, none twice, each class in its share (largest remainder)."""
+    if count > len(labels):
+        fail(2, f"--subset, --train-images: {count} asked for, {len(labels)} images are there")
     classes, sizes = np.unique(labels, return_counts=True)
     share = sizes * count / len(labels)
     take = np.floor(share).astype(int)
@@ -542,8 +474,6 @@ def split_images(
     """By `parts`, or 80 to 20; without a listed validation part it is a fifth of the training."""
     rng, rows = np.random.default_rng(seed), np.arange(len(labels))
     if args.subset is not None:
-        if args.subset > len(rows):
-            fail(2, f"--subset {args.subset}: {args.root} has {len(rows)} images")
         rows = stratified(labels, args.subset, rng)
     if parts is None:
         test = rows[stratified(labels[rows], round(0.2 * len(rows)), rng)]
@@ -552,8 +482,6 @@ def split_images(
         fit, val, test = (rows[np.array(parts)[rows] == name] for name in ("train", "val", "test"))
     if args.train_images is not None:
         fit, val = np.sort(np.concatenate([fit, val])), rows[:0]
-        if args.train_images > len(fit):
-            fail(2, f"--train-images {args.train_images}: {len(fit)} are there to learn from")
         fit = fit[stratified(labels[fit], args.train_images, rng)]
     listed = len(val) > 0
     if not listed and len(fit):
@@ -572,14 +500,11 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
         with Image.open(path) as opened:
             if opened.mode[0] in "IF":
                 raise ValueError("a photo of 16 bits or more: give a GeoTIFF")
-            grey = opened.mode in ("1", "L", "LA")
-            if grey != (bands == 1):
-                raise ValueError(f"is a {'grey' if grey else 'colour'} photo ({opened.mode}), but "
-                                 f"--bands-in-file names {bands}")  # fmt: skip
-            photo = opened.convert("L" if grey else "RGB")
+            photo = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
+        if (has := len(photo.getbands())) != bands:
+            raise ValueError(f"a photo of {has} band(s), --bands-in-file names {bands}")
     except Exception as error:  # whatever a broken or a huge photo raises
-        what = (str(error) or repr(error)).splitlines()[0]
-        raise bandcrop.TileError(f"{path}: {what}") from None
+        raise bandcrop.TileError(f"{path}: {str(error) or repr(error)}") from None
     if size and photo.size != (size, size):
         photo = photo.resize((size, size), Image.Resampling.BICUBIC)
     return np.atleast_3d(np.asarray(photo)).transpose(2, 0, 1)
@@ -596,22 +521,6 @@ def which_bands(images: Images, rows: np.ndarray, bands: list[str]) -> dict[str,
     }
 
 
-def band_statistics(images: Images, rows: np.ndarray, bands: list[str]) -> Any:
-    """Mean and standard deviation of each band over every valid sample of the images, [C] each."""
-    if images.geotiff:
-        mean, std = bandcrop.statistics(**which_bands(images, rows, bands))
-    else:
-        where, sums = [images.bands[band][1] for band in bands], 0
-        for row in rows:
-            photo = open_photo(images.files[row][0], None, *images.counts)[where].astype(float)
-            sums += np.array([np.ones_like(photo), photo, photo**2]).sum((2, 3))  # [3, C]
-        mean, squares = sums[1:] / sums[0]
-        std = np.sqrt(np.maximum(squares - mean**2, 0))
-    if not std.all():
-        fail(1, f"band {bands[std.argmin()]} is constant over the {len(rows)} training images")
-    return mean.tolist(), std.tolist()
-
-
 class Setup(NamedTuple):
     """How images reach the encoder."""
 
@@ -623,12 +532,22 @@ class Setup(NamedTuple):
 
 
 def set_up(args: argparse.Namespace, images: Images, bands: list[str], rows: np.ndarray) -> Setup:
-    """Bands standardised over the training images `rows`, or as the encoder's own."""
-    if args.stats == "train":
-        return Setup(args, images, bands, *band_statistics(images, rows, bands))
-    about = args.weights.metadata
-    where = [about["bands"].index(band) for band in bands]
-    return Setup(args, images, bands, *([about[key][i] for i in where] for key in ("mean", "std")))
+    """Bands standardised over every valid sample of the images `rows`, or as the encoder's own."""
+    if args.stats == "encoder":
+        about = args.weights.metadata
+        at = [about["bands"].index(band) for band in bands]
+        return Setup(args, images, bands, *([about[key][i] for i in at] for key in ("mean", "std")))
+    if images.geotiff:
+        mean, std = bandcrop.statistics(**which_bands(images, rows, bands))
+    else:
+        where, scaler = [images.bands[band][1] for band in bands], StandardScaler()
+        for row in rows:
+            photo = open_photo(images.files[row][0], None, *images.counts)[where]
+            scaler.partial_fit(photo.reshape(len(where), -1).T)
+        mean, std = scaler.mean_, scaler.var_**0.5
+    if not std.all():
+        fail(1, f"band {bands[std.argmin()]} is constant over the {len(rows)} training images")
+    return Setup(args, images, bands, mean.tolist(), std.tolist())
 
 
 def read_ahead(setup: Setup, rows: np.ndarray) -> Iterator[torch.Tensor]:
@@ -669,12 +588,12 @@ class Weights(NamedTuple):
     tensors: dict[str, Any]  # by torchvision's names
 
 
-def find_weights(text: str | None) -> Weights:
-    """What --weights names, read and checked."""
+def find_weights(text: str | None, arch: str) -> Weights:
+    """What --weights names, read and checked; `arch`: of new weights."""
     if text is None:
         text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
     if text in NEW_WEIGHTS:
-        return Weights(NEW_WEIGHTS[text], text, None, {}, {})
+        return Weights(NEW_WEIGHTS[text], text, None, {"arch": arch}, {})
     digest = weights_digest(text)
     others = f"any ResNet's are converted once: probe.py --weights other:{text} --export NEW"
     try:
@@ -687,16 +606,7 @@ def find_weights(text: str | None) -> Weights:
         fail(1, f"{text}: no whole safetensors file ({error}); {others}")
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    return all_finite(Weights(metadata["name"], text, digest, metadata, tensors))
-
-
-def all_finite(weights: Weights) -> Weights:
-    """The same weights; refused where training has diverged."""
-    for name, value in weights.tensors.items():
-        if torch.is_tensor(value) and not value.isfinite().all():
-            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged; use an "
-                    "earlier one")  # fmt: skip
-    return weights
+    return Weights(metadata["name"], text, digest, metadata, tensors)
 
 
 def weights_digest(file: str) -> str:
@@ -720,8 +630,7 @@ def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
     if "conv1.weight" in weights.tensors:
         channels = weights.tensors["conv1.weight"].shape[1]
         if channels != len(bands) and (channels, len(bands)) != (3, 1):  # one is copied into three
-            named = f"{len(bands)} band{'s' * (len(bands) > 1)} ({', '.join(bands)})"
-            fail(2, f"{weights.source}: a {channels}-channel encoder, {named}: they must match")
+            fail(2, f"{weights.source}: a {channels}-channel encoder, {len(bands)} band(s) given")
     unseen = [band for band in bands if band not in weights.metadata.get("bands", bands)]
     if stats == "encoder" and (unseen or "mean" not in weights.metadata):
         what = f"saw no {unseen[0]}" if unseen else "carries no statistics"
@@ -747,29 +656,25 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
     if channels != 3:
         encoder.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    encoder.channels, encoder.width = channels, encoder.fc.in_features  # D: 512 or 2048
+    encoder.conv1.register_forward_pre_hook(  # one band is copied into three channels
+        lambda conv, images: images[0].expand(-1, conv.in_channels, -1, -1)
+    )
+    encoder.width = encoder.fc.in_features  # D: 512 or 2048
     encoder.fc = nn.Identity()
     return encoder.eval()
 
 
-def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Module:
+def load_encoder(weights: Weights, bands: int, seed: int) -> nn.Module:
     """The encoder in eval mode, frozen, on the CPU; new weights are drawn from `seed`."""
     torch.manual_seed(seed)
-    if not weights.tensors:
-        return build_encoder(arch, bands).requires_grad_(False)
+    first = weights.tensors.get("conv1.weight")
+    encoder = build_encoder(weights.metadata["arch"], bands if first is None else first.shape[1])
     try:
-        channels = weights.tensors["conv1.weight"].shape[1]
-        encoder = build_encoder(weights.metadata["arch"], channels)
-        encoder.load_state_dict(weights.tensors)
-    except (KeyError, RuntimeError) as error:
-        told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+        encoder.load_state_dict(weights.tensors or encoder.state_dict())
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:200]
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
     return encoder.requires_grad_(False)
-
-
-def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """[N, C, H, W]; one band is copied into three channels where the weights want three."""
-    return batch.expand(-1, encoder.channels, -1, -1)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -811,9 +716,9 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
     """What --weights names: the floor, our own, or others' with torchvision's names."""
     kind, _, file = (text or "").partition(":")
     if text == "stats":
-        return Weights("stats", text, None, {}, {})
+        return Weights("stats", text, None, {"arch": None}, {})
     if kind not in OTHERS:
-        return find_weights(text)
+        return find_weights(text, arch)
     if not file and kind not in ("imagenet", "coco"):
         fail(2, f"--weights {kind}: give the file that holds them, {kind}:FILE")
     cached = "" if file else published(kind, arch)
@@ -823,15 +728,13 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         fail(1, f"{cached}: is damaged: remove it, then run this again")
     found = read_tensors(file)
     tensors = by_torchvisions_names(kind, found)
-    # BatchNorm's step counters aside (0-dimensional), the number of tensors tells the architecture
-    count = sum(getattr(value, "ndim", 0) > 0 for value in tensors.values())
-    arch = {100: "resnet18", 180: "resnet34", 265: "resnet50"}.get(count, "")
-    if not arch or "conv1.weight" not in tensors:
-        fail(1, f"{text}: not the layout of {kind!r}: {count} tensors fit it, a ResNet has 100, "
-                f"180 or 265; it holds {', '.join(list(found)[:3])} ... (torch.save the encoder's "
-                "state_dict alone)")  # fmt: skip
+    if "conv1.weight" not in tensors:
+        fail(1, f"{text}: not the layout of {kind!r}: it holds {', '.join(list(found)[:3])} ... "
+                "(torch.save the encoder's state_dict alone)")  # fmt: skip
+    arch = "resnet34" if "layer1.2.conv1.weight" in tensors else "resnet18"
+    arch = "resnet50" if "layer1.0.conv3.weight" in tensors else arch  # load_encoder checks it all
     name = OTHERS[kind] + f" {Path(file).stem}" * (kind == "other")
-    return all_finite(Weights(name, str(text), digest, {"arch": arch}, tensors))
+    return Weights(name, str(text), digest, {"arch": arch}, tensors)
 
 
 def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -857,9 +760,6 @@ def read_tensors(file: str) -> dict[str, Any]:
     """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
     try:
         if file.endswith(".safetensors"):
-            with safetensors.safe_open(file, "pt") as opened:
-                if "arch" in (opened.metadata() or {}):
-                    fail(2, f"{file}: is an encoder of pretrain.py or --export: name it alone")
             return safetensors.torch.load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
         return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
@@ -885,7 +785,7 @@ def published(kind: str, arch: str) -> str:
 
 def export(weights: Weights, path: Path) -> None:
     """Others' weights in our own format."""
-    encoder = load_encoder(weights, "", 3, 0)
+    encoder = load_encoder(weights, 3, 0)
     about = {"name": weights.name, "arch": weights.metadata["arch"], "source": weights.source}
     tensors = {key: value.contiguous() for key, value in encoder.state_dict().items()}
     data = safetensors.torch.save(tensors, about | {"source_sha256": weights.sha256 or ""})
@@ -901,10 +801,6 @@ class BandStatistics(nn.Module):
     size of the gradient down and across, and the standard deviation of its length.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         down, across = x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
         ordered = x.flatten(2).sort(-1).values
@@ -918,35 +814,28 @@ class BandStatistics(nn.Module):
         return torch.cat(measures, 1)
 
 
-def reestimate_batchnorm(encoder: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Set each BatchNorm's running statistics to their mean over these batches."""
-    with autocast(next(encoder.parameters()).device):
-        images = (for_encoder(encoder, batch) for batch in batches)
-        torch.optim.swa_utils.update_bn(images, encoder)  # leaves the mode as it was
-
-
 def prepare(setup: Setup, rows: np.ndarray, seed: int) -> nn.Module:
     """The frozen encoder on the device, its BatchNorm re-estimated on `rows` where asked; or the
     statistics that stand in for one."""
     args = setup.args
     if args.weights.source == "stats":
-        return BandStatistics(len(setup.bands))
-    encoder = load_encoder(args.weights, args.arch, len(setup.bands), seed)
+        return BandStatistics()
+    encoder = load_encoder(args.weights, len(setup.bands), seed)
     encoder = encoder.to(args.device, memory_format=torch.channels_last)
-    if args.bn == "reestimate":
+    if args.bn == "reestimate":  # each running statistic becomes its mean over these batches
         order = np.random.default_rng(seed).permutation(rows)
-        reestimate_batchnorm(encoder, read_ahead(setup, order))
+        with autocast(args.device):
+            torch.optim.swa_utils.update_bn(read_ahead(setup, order), encoder)
     return encoder
 
 
 def encode(encoder: nn.Module, setup: Setup, rows: np.ndarray) -> torch.Tensor:
     """Features float32 [n, D] on the device."""
     encoder.eval()  # else BatchNorm would use, and change with, the batch
-    features, progress = [], Progress("encoding: batch")
+    features, batches = [], -(-len(rows) // ENCODE_BATCH)
     with torch.no_grad(), autocast(setup.args.device):
-        for x in read_ahead(setup, rows):
-            features.append(encoder(for_encoder(encoder, x)).float())
-            progress(len(features), -(-len(rows) // ENCODE_BATCH))
+        for x in progress("encoding: batch", read_ahead(setup, rows), batches):
+            features.append(encoder(x).float())
     whole = torch.cat(features)
     if not whole.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
@@ -973,17 +862,15 @@ def fit_mlps(
     ]
     batches = -(-len(x) // HEAD_BATCH)  # of sizes that differ by one: none has a single row
     falls = [torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs * batches) for o in optimisers]
-    progress = Progress("head: epoch")
-    for epoch in range(epochs):
+    for _ in progress("head: epoch", range(epochs), epochs):
         for rows in torch.randperm(len(x), device=x.device).tensor_split(batches):
             part, truth = x[rows], y[rows]
-            loss = sum(nn.functional.cross_entropy(head(part), truth) for head in heads)
+            loss = sum(F.cross_entropy(head(part), truth) for head in heads)
             for optimiser in optimisers:
                 optimiser.zero_grad()
             loss.backward()
             for step in (*optimisers, *falls):
                 step.step()
-        progress(epoch + 1, epochs)
     return [head.eval() for head in heads]
 
 
@@ -1023,8 +910,8 @@ def fine_tune(setup: Setup, rows: np.ndarray, rate: float, seed: int) -> nn.Sequ
     batches = -(-len(rows) // ENCODE_BATCH)
     epochs = max(setup.args.epochs, -(-FINETUNE_STEPS // batches))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches)
-    rng, progress = np.random.default_rng(seed), Progress(f"learning rate {rate}: epoch")
-    for epoch in range(epochs):
+    rng = np.random.default_rng(seed)
+    for _ in progress(f"learning rate {rate}: epoch", range(epochs), epochs):
         order = rng.permutation(rows)
         labels = torch.from_numpy(images.labels[order]).to(device).tensor_split(batches)
         for x, y in zip(read_ahead(setup, order), labels, strict=True):  # split alike
@@ -1032,11 +919,10 @@ def fine_tune(setup: Setup, rows: np.ndarray, rate: float, seed: int) -> nn.Sequ
             x = x.flip(3) if rng.integers(2) else x
             optimiser.zero_grad()
             with autocast(device):
-                logits = head(encoder(for_encoder(encoder, x)))
-            nn.functional.cross_entropy(logits.float(), y).backward()
+                logits = model(x)
+            F.cross_entropy(logits.float(), y).backward()
             optimiser.step()
             schedule.step()
-        progress(epoch + 1, epochs)
     return model.eval().requires_grad_(False)
 
 
@@ -1046,39 +932,39 @@ def choose(
     """The setting with the best F1 on the validation part, and its model, trained on all of the
     training split. fit(settings, rows) -> models; classify(model, rows) -> class numbers."""
     models, truth = fit(settings, split.fit), images.labels[split.val]
-    said = [classify(model, split.val) for model in models]
-    best = int(np.argmax([f1_metrics(truth, each, images.classes)["f1_macro"] for each in said]))
+    f1 = functools.partial(f1_score, truth, labels=np.unique(truth), average="macro")
+    best = int(np.argmax([f1(classify(model, split.val)) for model in models]))
     if split.listed:
         return settings[best], models[best]
     return settings[best], fit([settings[best]], split.train)[0]
 
 
 # ------------------------------------------------------------------------------------- measures
-def f1_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
+def f1_metrics(truth: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """F1 macro, weighted and by class, accuracy, confusion (rows: truth).
 
     Means are over the classes that the truth holds; a class that is only predicted is listed, and
     what was taken for it counts against the others.
     """
     present = np.unique(truth)
-    f1 = functools.partial(f1_score, truth, said, labels=present)
+    f1 = functools.partial(f1_score, truth, predicted, labels=present)
     return {
         "f1_macro": float(f1(average="macro")),
         "f1_weighted": float(f1(average="weighted")),
-        "accuracy": float((truth == said).mean()),
+        "accuracy": float((truth == predicted).mean()),
         "f1_per_class": dict(zip([classes[i] for i in present], f1(average=None), strict=True)),
         "classes": [classes[i] for i in present],
-        "only_predicted": [classes[i] for i in np.setdiff1d(said, truth)],
-        "confusion": confusion_matrix(truth, said, labels=range(len(classes))).tolist(),
+        "only_predicted": [classes[i] for i in np.setdiff1d(predicted, truth)],
+        "confusion": confusion_matrix(truth, predicted, labels=range(len(classes))).tolist(),
     }
 
 
 # ---------------------------------------------------------- FullGrad (Srinivas and Fleuret 2019)
 def fullgrad_terms(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
-    """What the logits of the classes `target` are the sums of: gradient * input [N, C, H, W] and,
-    for each layer, gradient * bias in the shape of its output.
+    """The terms that add up to the logits of the classes `target`: gradient * input [N, C, H, W]
+    and, for each layer, gradient * bias in the shape of its output.
 
-    model: in eval mode, of affine layers, ReLU, pooling; a layer's bias is what it makes of zeros.
+    model: in eval mode, of affine layers, ReLU, pooling; a layer's bias is its output for zeros.
     """
     kinds = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)  # a ResNet's convolutions have no bias
     outputs, biases = [], []
@@ -1106,30 +992,27 @@ def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.T
         if term.ndim == 4:
             term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
             term = term / term.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-            enlarged = nn.functional.interpolate(
-                term, x.shape[-2:], mode="bilinear", align_corners=True
-            )
-            saliency += enlarged.sum(1)
+            saliency += F.interpolate(term, x.shape[2:], mode="bilinear", align_corners=True).sum(1)
     return saliency
 
 
 def save_cams(
-    path: Path, model: nn.Sequential, setup: Setup, rows: np.ndarray, said: np.ndarray
+    path: Path, model: nn.Sequential, setup: Setup, rows: np.ndarray, predicted: np.ndarray
 ) -> None:
-    """A sheet of a batch: image, map of the class that was said of it, and the map divided by the
-    mean map, which shows what is this image's own: at 64 px nearly all of a map comes from bias
-    terms on grids of 2 to 16 places and from zero padding."""
+    """A sheet with a row for each image: the image, the map of its predicted class, and that map
+    divided by the mean map. The last shows what differs from image to image: at 64 px nearly all of
+    a map comes from bias terms on grids of 2 to 16 places and from zero padding."""
     from matplotlib.figure import Figure  # here: it takes a second to import
 
     images, x = setup.images, next(read_ahead(setup, rows))
-    target = torch.from_numpy(said).to(x.device)
-    maps = fullgrad(model, for_encoder(model[0], x), target).cpu().numpy()
+    target = torch.from_numpy(predicted).to(x.device)
+    maps = fullgrad(model, x, target).cpu().numpy()
     low, high = np.percentile(x.cpu(), (2, 98), axis=(2, 3), keepdims=True)
     photos = np.clip((x.cpu().numpy() - low) / np.maximum(high - low, 1e-6), 0, 1)
     mean = np.maximum(maps.mean(0), 1e-12)
     figure = Figure(figsize=(7.5, 2.5 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False)
-    for line, row, guess, photo, heat in zip(axes, rows, said, photos, maps, strict=True):
+    for line, row, guess, photo, heat in zip(axes, rows, predicted, photos, maps, strict=True):
         truth = images.labels[row]
         right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
         for axis, title, pixels, colours in (
@@ -1150,14 +1033,7 @@ def train_and_predict(
 ) -> tuple[np.ndarray, tuple, nn.Sequential, float]:
     """Class numbers of the test images; the setting chosen; encoder and head; when they began."""
     args, images = setup.args, setup.images
-    if args.finetune:
-
-        def fit(settings: list[tuple], rows: np.ndarray) -> list[Any]:
-            return [fine_tune(setup, rows, rate, seed) for _, rate in settings]
-
-        def classify(model: Any, rows: np.ndarray) -> np.ndarray:
-            return predict(model[1], encode(model[0], setup, rows))
-    else:
+    if not args.finetune:
         encoder = prepare(setup, split.train, seed)
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         used = np.concatenate([split.fit, split.val, split.test])
@@ -1165,22 +1041,25 @@ def train_and_predict(
         place[used] = np.arange(len(used))  # where an image's features are
         y = torch.from_numpy(images.labels).to(args.device)
 
-        def fit(settings: list[tuple], rows: np.ndarray) -> list[Any]:
-            x, classes = features[place[rows]], len(images.classes)
-            heads = fit_heads(args.head, settings, x, y[rows], classes, args.epochs)
-            return [(encoder, head) for head in heads]
+    def fit(settings: list[tuple], rows: np.ndarray) -> list[Any]:
+        if args.finetune:
+            return [fine_tune(setup, rows, rate, seed) for _, rate in settings]
+        x, classes = features[place[rows]], len(images.classes)
+        heads = fit_heads(args.head, settings, x, y[rows], classes, args.epochs)
+        return [(encoder, head) for head in heads]
 
-        def classify(model: Any, rows: np.ndarray) -> np.ndarray:
-            return predict(model[1], features[place[rows]])
+    def classify(model: Any, rows: np.ndarray) -> np.ndarray:
+        x = encode(model[0], setup, rows) if args.finetune else features[place[rows]]
+        return predict(model[1], x)
 
     began = time.perf_counter()
     torch.manual_seed(seed)
     kind = "finetune" if args.finetune else args.head
     chosen, model = choose(CHOICES[kind], fit, classify, images, split)
-    said = classify(model, split.test)
+    predicted = classify(model, split.test)
     if not args.finetune:
         assert_unchanged(encoder, before)
-    return said, chosen, model, began
+    return predicted, chosen, model, began
 
 
 def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], seed: int) -> Path:
@@ -1199,16 +1078,16 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
         "epochs": args.epochs if args.head == "mlp" else None,
     }  # fmt: skip
     settings = task | {
-        "task": digest_of([scope, task]),
-        "arch": None if floor else weights.metadata.get("arch", args.arch),
+        "task": digest_of([scope, task]), "arch": weights.metadata["arch"],
         "bn": None if floor else args.bn, "finetune": args.finetune, "tried": CHOICES[kind],
         "least_steps": FINETUNE_STEPS if args.finetune else None,
         "recipe": "decay 0.05, one cycle, turned and mirrored" if args.finetune else None,
         "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH,
     }  # fmt: skip
     identity = digest_of([settings, bands, seed, name, weights.sha256 or weights.source])
-    stem = [args.dataset, args.split, str(args.subset or "full"), name, "+".join(bands)]
-    path = result_path(args.out, [*stem, str(args.size)], identity, seed)
+    parts = [args.dataset, args.split, str(args.subset or "full"), name, *bands, str(args.size)]
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
+    path = args.out / f"{stem}-{identity[:12]}-seed{seed}.json"  # of this result and no other
     png = path.with_name(path.stem + "-cam.png")
     if (png.exists() or not args.cam) and done_before(path):
         return path
@@ -1217,13 +1096,13 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     split = split_images(images.labels, images.part, args, seed)
     setup = set_up(args, images, bands, split.train)
     clock.append(time.perf_counter())
-    said, chosen, model, began = train_and_predict(setup, split, seed)
+    predicted, chosen, model, began = train_and_predict(setup, split, seed)
     clock += [began, time.perf_counter()]
-    metrics = f1_metrics(images.labels[split.test], said, images.classes)
+    metrics = f1_metrics(images.labels[split.test], predicted, images.classes)
     if args.cam:  # some test images, spread over the classes
         count = min(args.cam, len(split.test), ENCODE_BATCH)
         draw = stratified(images.labels[split.test], count, np.random.default_rng(0))
-        save_cams(png, nn.Sequential(*model), setup, split.test[draw], said[draw])
+        save_cams(png, nn.Sequential(*model), setup, split.test[draw], predicted[draw])
     folder = args.root if args.root.is_dir() else args.root.parent
     write_result(path, {
         "schema": 1, "stage": "probe", **scope, "bands": bands, "seed": seed, "metrics": metrics,
@@ -1270,9 +1149,8 @@ def main(args: argparse.Namespace) -> None:
             open_folder(args.export.parent)
             return export(args.weights, args.export)
         open_folder(args.embed.parent if args.embed else args.out)
-        weights, floor = args.weights, args.weights.source == "stats"
-        arch = "" if floor else f", {weights.metadata.get('arch', args.arch)}"
-        print(f"weights: {weights.source} ({weights.name}{arch}) on {args.device}\n"
+        weights, arch = args.weights, args.weights.metadata["arch"] or "no network"
+        print(f"weights: {weights.source} ({weights.name}, {arch}) on {args.device}\n"
               f"listing the images of {args.root}", flush=True)  # fmt: skip
         images = list_images(args.dataset, args.root, args.bands_in_file)
         images = images._replace(nodata=args.nodata)
@@ -1289,17 +1167,13 @@ def main(args: argparse.Namespace) -> None:
             return embed(args, images, asked[0])
         if images.labels is None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
-        if len(images.classes) < 2:
-            fail(1, f"{args.root}: all images are of one class, {images.classes[0]}")
         images = images._replace(part=listed_parts(images, args))
         data = {
             "files": digest_files(f for each in images.files for f in each),
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
             "parts": images.part and digest_of(images.part), "places": images.bands,
-            "bands_in_files": images.counts,
+            "bands_in_files": images.counts, "nodata": args.nodata,
         }  # fmt: skip
-        if args.nodata is not None:
-            data["nodata"] = args.nodata
         seeds = range(args.seeds)
         paths = [run(args, images, data, bands, seed) for bands in asked for seed in seeds]
         print_table(args.out, paths, "f1_macro")

@@ -14,18 +14,15 @@ pixels, never resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLa
 """
 
 import argparse
-import contextlib
-import csv
 import hashlib
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
-import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -124,7 +121,6 @@ BANDS = {  # the paper's name: Sentinel's name; ten MS bands of 10 m and 20 m, t
     "Blue": "B02", "Green": "B03", "Red": "B04", "RE5": "B05", "RE6": "B06", "RE7": "B07",
     "NIR": "B08", "NNIR": "B8A", "SWIR1": "B11", "SWIR2": "B12", "SAR1": "VV", "SAR2": "VH",
 }  # fmt: skip
-SAR = ("SAR1", "SAR2")
 SEN12MS_S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()  # order in the file
 SEN12MS_S1 = "VV VH".split()
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of this script
@@ -150,25 +146,22 @@ def fail(status: int, message: str) -> NoReturn:
 
 # >>> shared: results
 ARCHS = ("resnet18", "resnet34", "resnet50")
-TRIPLES = {
-    "RGB": ["Red", "Green", "Blue"],
-    "RE": ["RE5", "RE6", "RE7"],
-    "SAR": ["SAR1", "SAR2", "SAR1"],
-}
+TRIPLES = {"RGB": "Red,Green,Blue", "RE": "RE5,RE6,RE7", "SAR": "SAR1,SAR2,SAR1"}
 
 
-def band_places(order: list[str], file: int = 0) -> dict[str, tuple[int, int]]:
-    """(file, 0-based band in it) by the paper's names, from a file's band names in order.
+def band_places(*orders: list[str]) -> dict[str, tuple[int, int]]:
+    """(file, 0-based band in it) by the paper's names, from each file's band names in order.
 
     "-" is skipped; B01, B09 and B10 (60 m) may be named and are not used.
     """
     places: dict[str, tuple[int, int]] = {}
-    for place, name in enumerate(order):
-        if name.strip().upper() not in ("-", "B01", "B09", "B10"):
-            band = band_name(name)
-            if band in places:
-                fail(2, f"band {band} ({BANDS[band]}) stands twice in {','.join(order)}")
-            places[band] = file, place
+    for file, order in enumerate(orders):
+        for place, name in enumerate(order):
+            if name.strip().upper() not in ("-", "B01", "B09", "B10"):
+                band = band_name(name)
+                if band in places:
+                    fail(2, f"band {band} ({BANDS[band]}) is named twice: name it once")
+                places[band] = file, place
     return places
 
 
@@ -176,40 +169,13 @@ def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list
     """The band lists of --band, one for each run: "all" -> [["Blue"], ["Green"], ...]."""
     if text.lower() == "all":
         return [[band] for band in BANDS if band in known]
-    bands = TRIPLES.get(text.upper()) or [band_name(name) for name in text.split(",")]
+    bands = [band_name(name) for name in TRIPLES.get(text.upper(), text).split(",")]
     for band in bands:
         if band not in known:
-            has = ", ".join(name for name in BANDS if name in known)
-            fail(2, f"{dataset} has no band {band} ({BANDS[band]}); it has {has}")
+            fail(2, f"{dataset} has no band {band} ({BANDS[band]}); it has {', '.join(known)}")
     if len(bands) not in (1, 3):
         fail(2, f"{len(bands)} bands ({', '.join(bands)}): give one or three")
     return [bands]
-
-
-def read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Rows of a comma-separated UTF-8 file that has at least these columns; "line" is added."""
-    if not path.is_file():
-        fail(2, f"{path}: is no file; give a CSV file with the columns {','.join(columns)}")
-    number, header, rows = 0, [], []
-    try:
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-            values = next(csv.reader([line], strict=True), [])  # alone: a quote ends on its line
-            if not header:
-                header = [name.strip().lower() for name in values]
-                if any(header.count(column) != 1 for column in {*columns, *header} - {""}):
-                    fail(1, f"{path} line {number}: {line[:80]!r} lacks one of the columns "
-                            f"{','.join(columns)}, has one twice, or no commas")  # fmt: skip
-            elif values and len(values) != len(header):
-                fail(1, f"{path} line {number}: {len(values)} values under {len(header)} columns")
-            elif values:
-                rows.append(dict(zip(header, values, strict=True)) | {"line": number})
-    except UnicodeDecodeError as error:
-        fail(1, f"{path}: no UTF-8 text ({error})")
-    except csv.Error as error:
-        fail(1, f"{path} line {number}: {error} (a quotation mark astray?)")
-    if not rows:
-        fail(1, f"{path}: no row under the header {','.join(header)}")
-    return rows
 
 
 def open_folder(folder: Path) -> None:
@@ -236,22 +202,17 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 def digest_files(files: Iterable[str]) -> str:
     """sha256 over paths, sizes and times of change: another archive, or other pixels, differs."""
-    digest = hashlib.sha256()
+    found: dict[str, os.stat_result] = {}
     for file in files:
         stat = os.stat(file)
-        digest.update(os.fsencode(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}\n"))
-    return digest.hexdigest()
+        if found.setdefault(os.path.realpath(file), stat) is not stat:
+            fail(1, f"{file} comes twice: trained and tested on, it would prove nothing")
+    return digest_of([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found.items()])
 
 
 def digest_of(value: Any) -> str:
     """sha256 over anything that JSON can hold: equal if and only if all in it is equal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
-    """A file for this result and no other: `identity` is the digest of all that determines it."""
-    readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
-    return out / f"{readable}-{identity[:12]}-seed{seed}.json"
 
 
 def done_before(path: Path) -> bool:
@@ -269,11 +230,8 @@ def done_before(path: Path) -> bool:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result with its versions; one that is there is never replaced."""
-    result["versions"] = {
-        "script": CODE,
-        "python": platform.python_version(), "numpy": np.__version__,
-        "torch": torch.__version__, "torchvision": torchvision.__version__,
-    }  # fmt: skip
+    versions = {module.__name__: module.__version__ for module in (np, torch, torchvision)}
+    result["versions"] = versions | {"script": CODE, "python": sys.version.split()[0]}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not path.exists():
         write_atomic(path, lambda file: file.write(text.encode()))
@@ -284,50 +242,43 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     """The metric by band, beside random's and the floor's where `out` has them for the same task:
     mean over seeds, half the width of the 95 % interval (Student's t)."""
     results = [json.loads(path.read_text()) for path in paths]
-    bands = dict.fromkeys("+".join(result["bands"]) for result in results)
-    name, config = results[0]["weights"]["name"], results[0]["config"]
-    tasks = {result["config"]["task"] for result in results}
+    name, task = results[0]["weights"]["name"], results[0]["config"]["task"]
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is no result of ours
+        with suppress(ValueError, KeyError, TypeError):  # what is no result of ours
             other = json.loads(path.read_text())
-            archs = {other["config"]["arch"], config["arch"]} - {None}  # None: the floor has none
-            alike = other["config"]["task"] in tasks and len(archs) == 1
-            if alike and other["weights"]["name"] in {"Random init", "stats"} - {name}:
+            beside = other["weights"]["name"] in {"Random init", "stats"} - {name}
+            if beside and other["config"]["task"] == task:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
         title, its = result["weights"]["name"], result["config"]
-        if its["arch"] not in (None, config["arch"]):
-            title += f", {its['arch']}"
-        if its.get("bn") not in (None, config.get("bn")):
-            title += f", bn {its['bn']}"
+        title += f", {its['arch']}" * bool(its["arch"])  # the floor has none
+        title += ", bn re-estimated" * (its.get("bn") == "reestimate")
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
-    print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")
-    titles = ("band", *columns)
-    widths = [max(map(len, ["band", *bands])) + 2, *(max(len(t), 13) + 2 for t in columns)]
-    print("".join(map(str.ljust, titles, widths)).rstrip())
-    for band in bands:
-        cells = [band]
+    rows = [["band", *columns]]
+    for band in next(iter(columns.values())):  # those that were asked for
+        rows.append([band])
         for values in (column.get(band, []) for column in columns.values()):
-            cells.append(f"{np.mean(values):.3f}" if values else "-")
+            cell = f"{np.mean(values):.3f}" if values else "-"
             if len(values) > 1:
                 error = np.std(values, ddof=1) / len(values) ** 0.5
-                cells[-1] += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
-        print("".join(map(str.ljust, cells, widths)).rstrip(), flush=True)
+                cell += f" ± {stdtrit(len(values) - 1, 0.975) * error:.3f}"
+            rows[-1].append(cell)
+    print(f"\n{metric}: mean over seeds ± half its 95 % interval, uncorrected (see analyze.py)")
+    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
+    for row in rows:
+        print("".join(map(str.ljust, row, widths)).rstrip(), flush=True)
 
 
-class Progress:
-    """Says how far a part of the work is: on a terminal each 5 s, in a log file each minute."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.said = what, time.monotonic()
-        self.pause = 5 if sys.stdout.isatty() else 60
-
-    def __call__(self, done: int, count: int, note: str = "") -> None:
-        if done < count and time.monotonic() - self.said >= self.pause:
-            self.said = time.monotonic()
-            print(f"  {self.what}: {done} of {count}{note}", flush=True)
+def progress(what: str, items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The items; says how many are done: on a terminal each 5 s, in a log file each minute."""
+    said, pause = time.monotonic(), 5 if sys.stdout.isatty() else 60
+    for done, item in enumerate(items, 1):
+        yield item
+        if done < count and time.monotonic() - said >= pause:
+            said = time.monotonic()
+            print(f"  {what}: {done} of {count}", flush=True)
 
 
 # <<< shared: results
@@ -347,12 +298,12 @@ class Weights(NamedTuple):
     tensors: dict[str, Any]  # by torchvision's names
 
 
-def find_weights(text: str | None) -> Weights:
-    """What --weights names, read and checked."""
+def find_weights(text: str | None, arch: str) -> Weights:
+    """What --weights names, read and checked; `arch`: of new weights."""
     if text is None:
         text = str(OWN_WEIGHTS) if OWN_WEIGHTS.is_file() else "random"
     if text in NEW_WEIGHTS:
-        return Weights(NEW_WEIGHTS[text], text, None, {}, {})
+        return Weights(NEW_WEIGHTS[text], text, None, {"arch": arch}, {})
     digest = weights_digest(text)
     others = f"any ResNet's are converted once: probe.py --weights other:{text} --export NEW"
     try:
@@ -365,16 +316,7 @@ def find_weights(text: str | None) -> Weights:
         fail(1, f"{text}: no whole safetensors file ({error}); {others}")
     if not metadata.get("name") or metadata.get("arch") not in ARCHS:
         fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
-    return all_finite(Weights(metadata["name"], text, digest, metadata, tensors))
-
-
-def all_finite(weights: Weights) -> Weights:
-    """The same weights; refused where training has diverged."""
-    for name, value in weights.tensors.items():
-        if torch.is_tensor(value) and not value.isfinite().all():
-            fail(1, f"{weights.source}: {name} holds NaN or infinity: its run diverged; use an "
-                    "earlier one")  # fmt: skip
-    return weights
+    return Weights(metadata["name"], text, digest, metadata, tensors)
 
 
 def weights_digest(file: str) -> str:
@@ -398,8 +340,7 @@ def check_bands(weights: Weights, bands: list[str], stats: str) -> list[str]:
     if "conv1.weight" in weights.tensors:
         channels = weights.tensors["conv1.weight"].shape[1]
         if channels != len(bands) and (channels, len(bands)) != (3, 1):  # one is copied into three
-            named = f"{len(bands)} band{'s' * (len(bands) > 1)} ({', '.join(bands)})"
-            fail(2, f"{weights.source}: a {channels}-channel encoder, {named}: they must match")
+            fail(2, f"{weights.source}: a {channels}-channel encoder, {len(bands)} band(s) given")
     unseen = [band for band in bands if band not in weights.metadata.get("bands", bands)]
     if stats == "encoder" and (unseen or "mean" not in weights.metadata):
         what = f"saw no {unseen[0]}" if unseen else "carries no statistics"
@@ -425,29 +366,25 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
     if channels != 3:
         encoder.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    encoder.channels, encoder.width = channels, encoder.fc.in_features  # D: 512 or 2048
+    encoder.conv1.register_forward_pre_hook(  # one band is copied into three channels
+        lambda conv, images: images[0].expand(-1, conv.in_channels, -1, -1)
+    )
+    encoder.width = encoder.fc.in_features  # D: 512 or 2048
     encoder.fc = nn.Identity()
     return encoder.eval()
 
 
-def load_encoder(weights: Weights, arch: str, bands: int, seed: int) -> nn.Module:
+def load_encoder(weights: Weights, bands: int, seed: int) -> nn.Module:
     """The encoder in eval mode, frozen, on the CPU; new weights are drawn from `seed`."""
     torch.manual_seed(seed)
-    if not weights.tensors:
-        return build_encoder(arch, bands).requires_grad_(False)
+    first = weights.tensors.get("conv1.weight")
+    encoder = build_encoder(weights.metadata["arch"], bands if first is None else first.shape[1])
     try:
-        channels = weights.tensors["conv1.weight"].shape[1]
-        encoder = build_encoder(weights.metadata["arch"], channels)
-        encoder.load_state_dict(weights.tensors)
-    except (KeyError, RuntimeError) as error:
-        told = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+        encoder.load_state_dict(weights.tensors or encoder.state_dict())
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:200]
         fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
     return encoder.requires_grad_(False)
-
-
-def for_encoder(encoder: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """[N, C, H, W]; one band is copied into three channels where the weights want three."""
-    return batch.expand(-1, encoder.channels, -1, -1)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -499,7 +436,7 @@ def dilate(encoder: nn.Module) -> nn.Module:
 
 def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """[N, 1 or 3, H, W] -> [N, D, H / 8, W / 8]."""
-    x = for_encoder(encoder, images).contiguous(memory_format=torch.channels_last)
+    x = images.contiguous(memory_format=torch.channels_last)
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x))))
     return encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x))))
 
@@ -514,15 +451,14 @@ def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         free -= torch.cuda.memory_allocated(images.device)
     else:  # kB stand there
         free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    progress = Progress("tiles encoded")
+    starts = range(0, len(images), ENCODE_BATCH)
     with autocast(images.device):
         one = feature_maps(encoder, images[:1])
         if one.nbytes * len(images) > free * CACHE:
             return images
         maps = one.new_empty((len(images), *one.shape[1:]))
-        for at in range(0, len(images), ENCODE_BATCH):
+        for at in progress("encoding: batch", starts, len(starts)):
             maps[at : at + ENCODE_BATCH] = feature_maps(encoder, images[at : at + ENCODE_BATCH])
-            progress(at + ENCODE_BATCH, len(images))  # silent at the end
     return maps
 
 
@@ -538,48 +474,29 @@ def predict_scores(model: nn.ModuleDict, x: torch.Tensor, size: Any) -> torch.Te
     return nn.functional.interpolate(scores.float(), size, mode="bilinear", align_corners=False)
 
 
-def count_batches(tiles: int, size: int) -> int:
-    """How many batches to make of two or more tiles: BatchNorm needs two or more in each."""
-    return min(-(-tiles // size), tiles // 2)
-
-
-def train_epoch(
-    model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, batches: Sequence[torch.Tensor],
-    optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> torch.Tensor:  # fmt: skip
-    """One step for each batch of rows; the mean loss. Nothing in here waits for the GPU."""
-    total = 0
-    for rows in batches:
-        scores = predict_scores(model, x[rows], masks.shape[-2:])
-        loss = nn.functional.cross_entropy(scores, masks[rows].long(), ignore_index=IGNORED)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        total += loss.detach()
-    return total / len(batches)
-
-
 def train(
     model: nn.ModuleDict, x: torch.Tensor, masks: torch.Tensor, args: argparse.Namespace, seed: int
-) -> list[float]:
-    """Train the decoder, and the encoder where it is not frozen; the mean loss of each epoch."""
+) -> torch.Tensor:
+    """Train the decoder, and the encoder where it is not frozen; each epoch's mean loss, float32
+    [epochs]. Nothing in here waits for the GPU."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
-    count = count_batches(len(x), args.batch_size)
+    count = min(-(-len(x) // args.batch_size), len(x) // 2)  # BatchNorm needs two tiles in each
     schedule = torch.optim.lr_scheduler.LambdaLR(  # DeepLab's
         optimiser, lambda step: (1 - step / (args.epochs * count)) ** 0.9
     )
     model["encoder"].train(model["encoder"].conv1.weight.requires_grad)
     model["decoder"].train()
-    losses: list[float] = []
-    draw, progress = torch.Generator().manual_seed(seed), Progress("epochs")
-    for epoch in range(args.epochs):
-        batches = torch.randperm(len(x), generator=draw).to(x.device).tensor_split(count)
-        losses.append(float(train_epoch(model, x, masks, batches, optimiser, schedule)))
-        if not np.isfinite(losses[-1]) or not all(p.isfinite().all() for p in trained):
-            fail(1, f"loss or weights are not finite after epoch {epoch + 1}: training diverged")
-        progress(epoch + 1, args.epochs, f", loss {losses[-1]:.3f}")
+    losses, draw = torch.zeros(args.epochs, device=x.device), torch.Generator().manual_seed(seed)
+    for epoch in progress("epochs", range(args.epochs), args.epochs):
+        for rows in torch.randperm(len(x), generator=draw).to(x.device).tensor_split(count):
+            scores = predict_scores(model, x[rows], masks.shape[-2:])
+            loss = nn.functional.cross_entropy(scores, masks[rows].long(), ignore_index=IGNORED)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            losses[epoch] += loss.detach() / count
     model.eval()
     return losses
 
@@ -587,19 +504,19 @@ def train(
 @torch.no_grad()
 def predict(model: nn.ModuleDict, batches: Iterable[torch.Tensor]) -> np.ndarray:
     """Places in --classes, uint8 [N, H, W], of the pixels of images [n, C, H, W]."""
-    said = [predict_scores(model, x, x.shape[-2:]).argmax(1).byte().cpu() for x in batches]
-    return torch.cat(said).numpy()
+    predicted = [predict_scores(model, x, x.shape[-2:]).argmax(1).byte().cpu() for x in batches]
+    return torch.cat(predicted).numpy()
 
 
 # ------------------------------------------------------------------------------------- measures
-def map_metrics(truth: np.ndarray, said: np.ndarray, classes: list[str]) -> dict[str, Any]:
+def map_metrics(truth: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """mIoU, AA (mean recall), pixel accuracy, by class, over all pixels that count of [N, H, W].
 
     Means are over the classes that the truth holds, as scikit-learn's jaccard_score and
     recall_score with these as labels: pixels given to another class still are in a union.
     """
     confusion = np.zeros((len(classes), len(classes)), np.int64)  # rows: truth
-    for mask, guess in zip(truth, said, strict=True):  # of all at once, indices would take 16 GB
+    for mask, guess in zip(truth, predicted, strict=True):  # all at once would take 16 GB
         counts = mask != IGNORED
         pairs = mask[counts].astype(int) * len(classes) + guess[counts]
         confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
@@ -624,6 +541,7 @@ class Tiles(NamedTuple):
     names: list[str]  # of the masks, below --root
     files: list[tuple[str, str]]  # S2, S1
     bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
+    counts: tuple[int, int]  # how many bands each of `files` must have
     masks: np.ndarray  # uint8 [N, S, S]: place in --classes, IGNORED where a pixel does not count
     windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
     part: list[str] | None  # train, val or test, where the archive says so
@@ -637,33 +555,19 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
     if args.dataset == "dfc2020":
         folder, rows = args.root, list_dfc2020(args.root)
     else:
-        folder, rows = args.root.parent, read_table(args.root, ["s1", "s2", "mask"])
+        if not args.root.is_file():
+            fail(2, f"{args.root}: is no file; give a CSV file with the columns s1,s2,mask[,split]")
+        folder, rows = args.root.parent, bandcrop.read_table(args.root, ["s1", "s2", "mask"])
     part = [row["split"] for row in rows] if "split" in rows[0] else None
-    for row in rows:
-        if (name := row.get("split", "train")) not in ("train", "val", "test"):
-            fail(1, f"{args.root} line {row['line']}: split {name!r} is not train, val or test")
-    bands = band_places(args.s2_bands), band_places(args.s1_bands, file=1)
-    if both := [band for band in bands[0] if band in bands[1]]:
-        fail(2, f"band {both[0]} is in --s2-bands and in --s1-bands: name it in one")
+    if strange := {*(part or ())} - {"train", "val", "test"}:
+        fail(1, f"{args.root}: split {min(strange)!r} is not train, val or test")
     files = {kind: [str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1")}
-    widths = {"mask": 1, "s2": len(args.s2_bands), "s1": len(args.s1_bands)}
-    for kind, paths in files.items():
-        seen = set()
-        for row, path in zip(rows, paths, strict=True):
-            at = f"{args.root} line {row['line']}: " if "line" in row else ""
-            if not os.path.isfile(path):
-                fail(1, f"{at}no file {path}")
-            if (real := os.path.realpath(path)) in seen:
-                fail(1, f"{at}{path} comes twice; trained and tested on it would prove nothing")
-            seen.add(real)
-            if (has := bandcrop.info(path).bands) != widths[kind]:
-                expected = "a mask has" if kind == "mask" else f"--{kind}-bands names"
-                fail(1, f"{at}{path} has {has} bands, {expected} {widths[kind]}")
+    digest = digest_of([*map(digest_files, files.values()), part])
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
-        bands=bands[0] | bands[1], **read_masks(files["mask"], args), part=part,
-        digest=digest_of([digest_files(sum(files.values(), [])), part]), nodata=args.nodata,
-        synthetic=(folder / "SYNTHETIC.txt").exists(),
+        bands=band_places(args.s2_bands, args.s1_bands), part=part, digest=digest,
+        counts=(len(args.s2_bands), len(args.s1_bands)), **read_masks(files["mask"], args),
+        nodata=args.nodata, synthetic=(folder / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
 
 
@@ -695,13 +599,15 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
     """The middle of each mask, and where that is: `masks` and `windows` of Tiles."""
     masks, windows = [], []
     for path in paths:
-        whole = bandcrop.read(path)[0]  # of any type
-        height, width = whole.shape
+        whole = bandcrop.read(path)  # of any type
+        bands, height, width = whole.shape
+        if bands != 1:
+            fail(1, f"{path} has {bands} bands, a mask has 1")
         side = args.size or (len(masks[0]) if masks else height)
         if side > min(height, width) or not (args.size or height == width == side):
             fail(1, f"{path} is {height} x {width}: give --size, at most the smallest tile's")
         top, left = (height - side) // 2, (width - side) // 2
-        cut = whole[top : top + side, left : left + side]
+        cut = whole[0, top : top + side, left : left + side]
         mask = np.full(cut.shape, IGNORED, np.uint8)
         for number, id in enumerate(args.ids):
             mask[cut == id] = number
@@ -743,8 +649,9 @@ def source(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
     """Where bandcrop finds these bands of these tiles."""
     where = [tiles.bands[band] for band in bands]
     paths = [[tiles.files[row][file] for file, _ in where] for row in rows]
+    counts = [[tiles.counts[file] for file, _ in where]] * len(rows)
     bands = [[band for _, band in where]] * len(rows)
-    return {"paths": paths, "bands": bands, "nodata": tiles.nodata}
+    return {"paths": paths, "bands": bands, "bands_in_file": counts, "nodata": tiles.nodata}
 
 
 def band_statistics(
@@ -765,15 +672,13 @@ def read_images(
     tiles: Tiles, rows: np.ndarray, bands: list[str], norm: np.ndarray, device: torch.device
 ) -> Iterator[torch.Tensor]:
     """Standardised images float32 [n, C, S, S] on the device; on the CPU valid until the next."""
-    side, progress, done = tiles.masks.shape[-1], Progress("tiles read"), 0
-    requests = []
+    side, requests = tiles.masks.shape[-1], []
     for part in np.split(rows, range(ENCODE_BATCH, len(rows), ENCODE_BATCH)):
         mean, std = np.repeat(np.float32(norm)[:, None], len(part), axis=1)
         more = {"windows": tiles.windows[part], "mean": mean, "std": std}
         requests.append(source(tiles, part, bands) | more)
-    for batch in bandcrop.stream(requests, (ENCODE_BATCH, len(bands), side, side), device):
-        done += len(batch.x)
-        progress(done, len(rows))
+    batches = bandcrop.stream(requests, (ENCODE_BATCH, len(bands), side, side), device)
+    for batch in progress("reading: batch", batches, len(requests)):
         yield batch.x
 
 
@@ -810,7 +715,7 @@ def train_and_predict(
     """Classes of the test tiles, uint8 [N, S, S], by a decoder that learnt from the tiles `rows`;
     what is to be saved of its training; the seconds that each part took."""
     clock, device, scratch = [time.perf_counter()], args.device, args.weights.source == "scratch"
-    encoder = load_encoder(args.weights, args.arch, len(bands), seed).requires_grad_(scratch)
+    encoder = load_encoder(args.weights, len(bands), seed).requires_grad_(scratch)
     torch.manual_seed(seed)
     head = torchvision.models.segmentation.deeplabv3.DeepLabHead(encoder.width, len(args.classes))
     model = nn.ModuleDict({"encoder": dilate(encoder), "decoder": head})
@@ -821,12 +726,15 @@ def train_and_predict(
     x = images if scratch else encode(encoder, images)
     clock.append(time.perf_counter())
     losses = train(model, x, torch.from_numpy(tiles.masks[rows]).to(device), args, seed)
+    if not all(values.isfinite().all() for values in (losses, *model.parameters())):
+        fail(1, "loss or weights are not finite: this training, or the encoder's, diverged")
     clock.append(time.perf_counter())
-    said = predict(model, read_images(tiles, test, bands, norm, device))
+    predicted = predict(model, read_images(tiles, test, bands, norm, device))
     if not scratch:
         assert_unchanged(encoder, before)
-    about = {"losses": losses, "cached": x is not images, "mean": [*norm[0]], "std": [*norm[1]]}
-    return said, about, dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
+    about = {"losses": losses.tolist(), "cached": x is not images}
+    about |= {"mean": [*norm[0]], "std": [*norm[1]]}
+    return predicted, about, dict(zip(("read", "encode", "train"), np.diff(clock), strict=True))
 
 
 def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> Path:
@@ -837,33 +745,33 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     settings = {
         "size": tiles.masks.shape[-1], "epochs": args.epochs, "batch": args.batch_size,
         "lr": LEARNING_RATE, "stats": args.stats, "classes": classes, "ignored": args.ignore,
-        "files": tiles.digest, "places": tiles.bands, "bf16": native_bf16(device),
+        "files": tiles.digest, "places": tiles.bands, "nodata": tiles.nodata,
+        "bf16": native_bf16(device),
     }  # fmt: skip
-    if tiles.nodata is not None:
-        settings["nodata"] = tiles.nodata
-    arch = weights.metadata.get("arch", args.arch)
+    arch = weights.metadata["arch"]
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
     identity = digest_of([task, bands, arch, weights.name, weights.sha256])
-    parts = [args.dataset, args.split, str(len(drawn)), weights.name, "+".join(bands)]
-    path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
+    parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands]
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([*parts, f"{len(classes)}classes"]))
+    path = args.out / f"{stem}-{identity[:12]}-seed{seed}.json"  # of this result and no other
     png = path.with_name(f"{path.stem}-maps.png")
     if (png.exists() or not args.maps) and done_before(path):
         return path
 
     title = f"{'+'.join(bands)}, seed {seed}"
     blank = len(drawn) - len(used)
-    without = f" ({blank} of them without a pixel that counts)" if blank else ""
+    without = f", {blank} of them without a pixel that counts" * (blank > 0)
     print(f"{title}: {len(drawn)} tiles to train{without}, {len(test)} to test", flush=True)
     norm = band_statistics(tiles, drawn, bands, args)
-    said, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed)
+    predicted, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed)
     truth = tiles.masks[test]
-    metrics = map_metrics(truth, said, classes)
+    metrics = map_metrics(truth, predicted, classes)
     if args.maps:
         shown = np.linspace(0, len(test) - 1, min(args.maps, len(test))).astype(int)
         batches = read_images(tiles, test[shown], bands, norm, torch.device("cpu"))
         images = torch.cat([x.clone() for x in batches]).numpy()
         names = [tiles.names[row] for row in test[shown]]
-        draw_maps(png, [*zip(names, images, truth[shown], said[shown], strict=True)], classes)
+        draw_maps(png, [*zip(names, images, truth[shown], predicted[shown], strict=True)], classes)
     unseen = check_bands(weights, bands, args.stats)
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
@@ -889,9 +797,9 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
 def main(args: argparse.Namespace) -> None:
     try:
         args.device = find_device(args.device)
-        args.weights = find_weights(args.weights)
+        args.weights = find_weights(args.weights, args.arch)
         open_folder(args.out)
-        arch = args.weights.metadata.get("arch", args.arch)
+        arch = args.weights.metadata["arch"]
         print(f"weights: {args.weights.source} ({args.weights.name}, {arch}) on {args.device}\n"
               f"listing the tiles of {args.root}", flush=True)  # fmt: skip
         tiles = list_tiles(args)
@@ -903,7 +811,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{len(tiles.names)} tiles, split {args.split}", flush=True)
         classes = [f"{id} {name}" for id, name in zip(args.ids, args.classes, strict=True)]
         ignored = ", ".join(map(str, args.ignore))
-        print(textwrap.fill(f"ids: {', '.join(classes)}; ignored: {ignored}", 79), flush=True)
+        print(f"ids: {', '.join(classes)}; ignored: {ignored}", flush=True)
         for number, name in enumerate(classes):
             if not (tiles.masks == number).any():
                 print(f"warning: no mask holds {name}: see --classes and --ignore", flush=True)

@@ -2,13 +2,15 @@
 
     python tests/judge.py lists DATA FOLDER    # FOLDER/{eurosat,optical,radar}-{val,test}.csv
     python tests/judge.py table FOLDER [SIZE]  # of FOLDER/NAME@SIZE@COLUMN@{val,test}.npz
+    python tests/judge.py versus FOLDER SIZE A B    # one recipe less another
 
 Between the two, `probe.py --embed` writes the features of each list, by each encoder, at each size:
 tests/proof.sh has the loop. A third of 3,000 EuroSAT JPEGs and of 1,800 labelled scenes, "val",
 serves to choose a penalty or a number of neighbours for each column. The others, "test", give the
 score: macro F1, mean of five stratified splits of 80 and 20 %. Names that differ in -seedN alone
-are pre-trainings of one recipe: their differences from `stats` get a t-interval. Of one encoder the
-interval is over the splits, widened by Nadeau and Bengio's correction.
+are pre-trainings of one recipe: their differences from `stats` get a t-interval, those of two
+recipes Welch's. Of one encoder the interval is over the splits, widened by Nadeau and Bengio's
+correction.
 """
 
 import csv
@@ -25,9 +27,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from analyze import summarise  # noqa: E402
+from analyze import Test, summarise, t_test  # noqa: E402
 
 COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
+PARTS = {"EuroSAT": slice(0, 3), "optical": slice(3, 4), "radar": slice(4, 5)}  # of COLUMNS
 HEADS = {"regression": (1e-4, 1e-3, 1e-2, 1e-1), "neighbours": (1, 5, 10, 20)}
 
 
@@ -86,8 +89,8 @@ def print_table(folder: Path, size: str) -> None:
             if "stats" not in found or name == "stats":
                 continue
             less = np.stack(runs) - found["stats"]  # [runs, columns, splits]
-            parts = {"EuroSAT": less[:, :3].mean(1), "optical": less[:, 3], "radar": less[:, 4]}
-            for column, values in parts.items():
+            for column, part in PARTS.items():
+                values = less[:, part].mean(1)
                 each, overlap = (values.mean(1), 0) if len(runs) > 1 else (values[0], 0.25)
                 mean, half = summarise(each, overlap)
                 spread = f", standard deviation {each.std(ddof=1):.3f}" * (len(runs) > 1)
@@ -96,10 +99,30 @@ def print_table(folder: Path, size: str) -> None:
                       )  # fmt: skip
 
 
+def print_versus(folder: Path, size: str, *recipes: str) -> None:
+    """Welch's t-test over pre-trainings of the first recipe's scores less the second's."""
+    for head in HEADS:
+        both = []  # of each recipe: float [runs, columns]
+        for recipe in recipes:
+            files = sorted(folder.glob(f"{recipe}-seed?@{size}@radar@test.npz"))
+            names = [file.name.split("@")[0] for file in files]
+            runs = [[judge(folder, name, size, c, head) for c in COLUMNS] for name in names]
+            both.append(np.array(runs).mean(2))
+            means = " ".join(f"{value:.3f}" for value in both[-1].mean(0))
+            print(f"{head}, {size} px, {recipe}, mean of {len(names)}: {means}", flush=True)
+        for column, part in PARTS.items():
+            a, b = (scores[:, part].mean(1) for scores in both)
+            test = t_test(Test("over pre-trainings", "", head, *recipes), a, b)
+            print(f"{head}, {column}: {test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}"
+                  f"; p = {test.p:.3f})", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
     if what == "lists":
         write_lists(*map(Path, words))
+    elif what == "versus":
+        print_versus(Path(words[0]), *words[1:])
     else:
         for each in words[1:] or ("64", "128"):
             print_table(Path(words[0]), each)

@@ -277,7 +277,7 @@ def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path):
     for kind in ("over bands", "over seeds"):
         (test,) = found_tests(table, kind)
         assert test.difference == pytest.approx(0.0003)
-    said = "is not tested against random (+0.000 F1 on 4 bands; fewer than three seeds in common)"
+    said = "is not tested against random (+0.000 F1 on 4 bands; fewer than three values over seeds)"
     assert said in analyze.verdict([table])  # one draw of random weights says nothing of others
 
 
@@ -329,7 +329,7 @@ def test_welch_equals_scipy():
     rng = np.random.default_rng(1)
     for n, m in ((4, 3), (5, 5), (3, 9)):
         a, b = rng.normal(0.8, 0.02, n), rng.normal(0.75, 0.05, m)
-        test, t = analyze.welch_test(blank(), a, b), stats.ttest_ind(a, b, equal_var=False)
+        test, t = analyze.t_test(blank(), a, b), stats.ttest_ind(a, b, equal_var=False)
         low, high = t.confidence_interval()
         got = [test.t, test.df, test.p, test.low, test.high, test.difference]
         assert got == pytest.approx([t.statistic, t.df, t.pvalue, low, high, a.mean() - b.mean()])
@@ -337,27 +337,28 @@ def test_welch_equals_scipy():
 
 def test_welch_with_one_constant_sample_is_the_one_sample_test():
     a, b = np.array([0.72, 0.72, 0.72]), np.array([0.5, 0.52, 0.57, 0.55])
-    test, one = analyze.welch_test(blank(), a, b), stats.ttest_1samp(b, 0.72)
+    test, one = analyze.t_test(blank(), a, b), stats.ttest_1samp(b, 0.72)
     assert [test.t, test.df, test.p] == pytest.approx([-one.statistic, 3, one.pvalue])
 
 
 def test_too_few_values_or_no_spread_are_not_tested_and_said_so():
-    two = analyze.paired_test(blank("over bands"), np.array([0.5, 0.6]), np.array([0.4, 0.4]))
+    two = analyze.t_test(blank("over bands"), np.array([0.1, 0.2]))
     assert two.difference == pytest.approx(0.15) and math.isnan(two.p)
-    assert two.note == "fewer than three bands in common"
-    same = analyze.paired_test(blank(), np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.5, 0.6]))
+    assert two.note == "fewer than three values over bands"
+    same = analyze.t_test(blank(), np.array([0.5, 0.6, 0.7]) - np.array([0.4, 0.5, 0.6]))
     assert math.isnan(same.p) and same.note == "no spread"
     for b in ([0.4, 0.4, 0.4], [0.4, 0.4, 0.4 + 1e-16]):  # rounding is no spread either
-        assert "no spread" in analyze.welch_test(blank(), np.full(3, 0.5), np.array(b)).note
-    assert "fewer than three" in analyze.welch_test(blank(), np.ones(2), np.arange(3.0)).note
+        assert "no spread" in analyze.t_test(blank(), np.full(3, 0.5), np.array(b)).note
+    assert "fewer than three" in analyze.t_test(blank(), np.ones(2), np.arange(3.0)).note
 
 
 def corrected(p_values: list[float], df=9) -> list[analyze.Test]:
     tests = []
     for p in p_values:
         test, t = blank(), stats.t.isf(p / 2, df)
-        test.difference = t * 0.1
-        tests.append(analyze.decide(test, 0.1, df, 1.0))
+        test.difference, test.error, test.df, test.p = t * 0.1, 0.1, df, p
+        test.low, test.high = test.interval(0.05)
+        tests.append(test)
     analyze.correct([*tests, blank()])
     return tests
 
@@ -428,7 +429,7 @@ def test_a_recipe_is_welchs_test_over_its_pretrainings(tmp_path, stage, unit):
     for seed, score in enumerate(drawn):
         write(tmp_path, result(stage, "random", seed=seed, score=score))
     (table,), faults = tables_of(tmp_path)
-    assert faults == ["p0copy: the same command, seed and epoch as p0, which alone is tested"]
+    assert faults == ["p0copy: the same command, seed and epoch as p0, which is tested"]
     label = "RS-BYOL-1 (3 pre-trainings)"
     assert {k: len(v) for k, v in table.recipes.items()} == {label: 3}
     (test,) = [t for t in found_tests(table, "over pre-trainings") if t.b.startswith("random")]

@@ -5,6 +5,7 @@ A tensor left on the CPU fails, and so does what makes the host wait for the GPU
 place each leaf gets an empty gradient.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -128,7 +129,7 @@ def test_fullgrad_and_the_floor_stay_on_the_gpu(encoder_and_head, fake_cuda, mon
     classes = torch.zeros(4, dtype=torch.int64, device=CUDA)
     maps = probe.fullgrad(to_fake_cuda(encoder_and_head), x, classes)
     assert maps.shape == (4, 64, 64) and maps.device == CUDA
-    assert probe.BandStatistics(1)(x).shape == (4, 12)
+    assert probe.BandStatistics()(x).shape == (4, 12)
 
 
 # segment.py --------------------------------------------------------------------------------------
@@ -145,16 +146,12 @@ def test_an_epoch_of_a_decoder_stays_on_the_gpu_and_never_waits(segmenter, fake_
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**40)  # torch's, and free
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     encoder = to_fake_cuda(segmenter)["encoder"]
-    trained = [p for p in segmenter.parameters() if p.requires_grad]
-    images, order = torch.empty(7, 1, 64, 64, device=CUDA), torch.arange(7, device=CUDA)
+    images = torch.empty(7, 1, 64, 64, device=CUDA)
     masks = torch.empty(7, 64, 64, dtype=torch.uint8, device=CUDA)
     x = images if encoder.conv1.weight.requires_grad else segment.encode(encoder, images)
     assert (x is images) == encoder.training
-    optimiser = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / 3)
-    batches = order.tensor_split(3)
-    mean = segment.train_epoch(segmenter, x, masks, batches, optimiser, schedule)
-    assert mean.device == CUDA and mean.shape == () and mean.dtype == torch.float32
+    losses = segment.train(segmenter, x, masks, Namespace(epochs=2, batch_size=3), 0)
+    assert losses.device == CUDA and losses.shape == (2,) and losses.dtype == torch.float32
 
 
 # The stand-in ------------------------------------------------------------------------------------

@@ -99,7 +99,11 @@ def log_of(out: Path) -> list[dict]:
 
 
 def same_run(one: Path, two: Path) -> None:
-    assert log_of(one) == log_of(two)
+    """The same bits of weights and momentum; of log lines the last, as a resumed run's first
+    averages over its own steps alone."""
+    logs = [log_of(one), log_of(two)]
+    assert len({tuple(line["step"] for line in log) for log in logs}) == 1
+    assert logs[0][-1] == logs[1][-1]
     first, second = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (one, two))
     assert first["step"] == second["step"]
     for name, tensor in first["byol"].items():
@@ -702,19 +706,18 @@ def test_a_reader_that_goes_away_does_not_end_a_run(archive, tmp_path):
 
 
 def test_resume_takes_all_settings_and_refuses_others_by_name(finished, archive):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    kept = [path for path in finished.iterdir() if path.name != "config.json"]  # --threads is in it
+    before = {path: path.read_bytes() for path in kept}
     common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--out", finished]
     assert "holds another run" in refused(2, *common)
     message = refused(2, "--resume", "--out", finished, "--tau", "0.99", "--recipe", "small")
     assert "--tau was 0.9, is 0.99" in message and "--recipe was paper, is small" in message
     assert "--seed" not in message and "--lr was 0.2, is 0.03" in message
     assert "resumed at step 12 of 12" in trained("--resume", "--out", finished, "--threads", "2")
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert before == {path: path.read_bytes() for path in kept}
 
 
-def test_other_partners_and_changed_tiles_are_refused(archive, tmp_path):
-    import tifffile
-
+def test_other_partners_are_refused(archive, tmp_path):
     root = tmp_path / "sen12ms"
     shutil.copytree(archive, root)
     s2 = sorted(root.glob("ROIs*/s2_*/*.tif"))
@@ -729,17 +732,11 @@ def test_other_partners_and_changed_tiles_are_refused(archive, tmp_path):
     write(s1)
     trained("--mode", "single", "--pairs", table, *SMALL, "--max-steps", 1, "--out", out)
     write([*s1[1:], s1[0]])
-    assert "list of pairs" in refused(2, "--resume", "--out", out)
+    assert "other pairs" in refused(2, "--resume", "--out", out)
     write(s1)
     assert "resumed at step 1" in trained("--resume", "--out", out, "--max-steps", 2)
-    for path in s1:  # from decibels to linear power
-        power = np.atleast_3d(10 ** (tifffile.imread(path) / 10))
-        tifffile.imwrite(path, power, photometric="minisblack", planarconfig="contig")
-    status, _, err = here("--resume", "--out", out)
-    assert status == 2 and "tiles have changed (SAR2's mean was -18" in err, err
-    write([s1[0], *s1[:-1]])
-    table.write_text(table.read_text() + f"{s1[0]},{s2[0]}\n")
-    assert "is there 2 times" in refused(1, "--mode", "single", "--pairs", table, "--out", root)
+    table.write_text(table.read_text() + f"{s1[0]},{s2[0]}\n")  # a pair twice counts once
+    assert "resumed at step 2" in trained("--resume", "--out", out, "--max-steps", 3)
 
 
 def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
@@ -748,10 +745,6 @@ def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
     assert about["code"] == pretrain.CODE
     config = json.loads((copy_of / "config.json").read_text())
     assert about["archive"] == config["pairs"]["sha256"][:12]
-    config["versions"]["pretrain.py"] = "another"
-    (copy_of / "config.json").write_text(json.dumps(config))
-    status, _, err = here("--resume", "--out", copy_of)
-    assert status == 0 and "started by another version of this script" in err
 
 
 def test_a_run_that_was_made_longer_stays_so(copy_of):
@@ -810,7 +803,7 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
 def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
     file = copy_of / "checkpoint.pt"
     whole = torch.load(file, weights_only=True)
-    for name, value in [("step", 2.5), ("step", -5), ("sums", 3), ("bad", []), ("optimizer", {})]:
+    for name, value in [("step", 2.5), ("step", -5), ("more", 3), ("bad", []), ("optimizer", {})]:
         torch.save(whole | {name: value}, file)
         assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
     whole["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)  # a segmentation fault
@@ -823,10 +816,10 @@ def test_only_a_torn_last_line_of_the_log_is_cut(copy_of, finished):
     whole = log.read_text()
     log.write_text(whole + '{"step": 13, "lo')
     trained("--resume", "--out", copy_of, "--epochs", 5, "--max-steps", 13)
-    assert log_of(copy_of) == log_of(finished)
+    assert log_of(copy_of)[:-1] == log_of(finished)  # and step 13
     lines = whole.splitlines(True)
     log.write_text("".join([*lines[:2], lines[2][:20] + "\n", *lines[3:]]))
-    assert "log.jsonl: line 3" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
+    assert "log.jsonl is damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(archive, tmp_path):
@@ -918,18 +911,18 @@ def test_a_place_that_cannot_be_read_is_no_part_of_match(archive, tmp_path):
         if number in (1, 5):
             out = tmp_path / str(number)
             status, _, err = here(*common, "--out", out)
-            assert status == 0 and f"match is without {number} of 6 places" in err
-            match = log_of(out)[-1].get("match")
+            assert status == 0 and not err
+            match = log_of(out)[-1]["match"]
             # The sum of ten ranks, of five places in two directions, over 10 and over the worst, 4
-            assert match is None if number == 5 else (40 * match) % 1 == pytest.approx(0, abs=1e-6)
+            assert match != match if number == 5 else (40 * match) % 1 == pytest.approx(0, abs=1e-6)
 
 
-def test_a_slow_step_is_told_of_between_log_lines(archive, tmp_path, monkeypatch):
+def test_a_slow_step_has_a_log_line_of_its_own(archive, tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr(pretrain.time, "monotonic", lambda: next(clock))
     common = ["--mode", "single", "--root", archive, *SMALL, *REST, "--out", tmp_path]
     said = trained(*common, "--log-every", 50, "--checkpoint-every", 1000)
-    assert len(log_of(tmp_path)) == 4 and said.count("\nepoch ") > 4
+    assert len(log_of(tmp_path)) == said.count("\nepoch ") > 4
 
 
 def test_an_archive_that_vanishes_costs_no_step(archive, tmp_path, monkeypatch):
@@ -962,26 +955,24 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
     assert left == {tile.name for tile in tiles} - {tiles[0].name, tiles[5].name}
     status, said, err = here("--mode", "single", "--root", archive, *SMALL, "--exclude", listing,
                              "--max-steps", 1, "--out", tmp_path / "run")  # fmt: skip
-    assert status == 0 and "1 of 3 lines name no tile, such as 'ROIs1_s2_elsewhere.tif'" in err
+    assert status == 0 and not err and "2 pairs left out by the 3 lines of" in said
     assert "epoch 0.5 loss" in said  # a run that ends between two log lines says where it is
     with safe_open(tmp_path / "run" / "encoder.safetensors", "pt") as file:
         assert file.metadata()["exclude"] == "2 pairs of test_list.txt"
-    lists = {  # as written by other programs: how many of the 12 pairs are left, what is warned of
-        "\ufeff" + tiles[0].name: (11, ""),
-        f"{tiles[0].relative_to(archive)}\n{tiles[5].name}\n": (10, ""),
-        f"elsewhere/{tiles[0].name}\n{tiles[5].name}\n": (11, f"'elsewhere/{tiles[0].name}'"),
+    lists = {  # as written by other programs: how many of the 12 pairs are left
+        "\ufeff" + tiles[0].name: 11,
+        f"{tiles[0].relative_to(archive)}\n{tiles[5].name}\n": 10,
+        f"elsewhere/{tiles[0].name}\n{tiles[5].name}\n": 11,
     }
-    for text, (left, warned) in lists.items():
+    for text, left in lists.items():
         listing.write_text(text, encoding="utf-8")
         capsys.readouterr()
         arguments = flags("--root", str(archive), "--exclude", str(listing), "--batch-size", "4")
         assert len(pretrain.open_archive(arguments).names) == left
-        out, err = capsys.readouterr()
-        assert f"{12 - left} pairs left out" in out
-        assert f"1 of 2 lines name no tile, such as {warned}" in err if warned else not err
+        assert f"{12 - left} pairs left out" in capsys.readouterr().out
     common = ["--mode", "single", "--root", archive, *SMALL, "--exclude", listing]
     listing.write_bytes(tiles[0].name.encode("utf-16"))
-    assert "no UTF-8 text" in refused(2, *common, "--out", tmp_path / "none")
+    assert "names no tile" in refused(2, *common, "--out", tmp_path / "none")
     assert "no-list" in refused(2, "--mode", "single", "--root", archive, "--exclude", "no-list")
     listing.write_text("nothing.tif\n")
     assert "names no tile" in refused(2, "--mode", "single", "--root", archive, *SMALL, "--exclude",
@@ -1029,19 +1020,19 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
     (tmp_path / "latin.csv").write_bytes(b"s1,s2\n\xe9,\xe9\n")
     other = ["--mode", "single", *SMALL, "--pairs"]
     cases = [
-        (1, ["--mode", "single", "--root", lone, *SMALL], ["has no S1 twin"]),
+        (1, ["--mode", "single", "--root", lone, *SMALL], ["has no twin"]),
         (1, ["--mode", "single", *csv, "--s2-bands", "B02,B03"], ["13 bands", "--s2-bands"]),
         (2, ["--mode", "rgb", *csv, "--s2-bands", "B02,B03"], ["Red", "2 other MS", "Blue, Green"]),
         (2, ["--mode", "three", *csv, "--s1-bands", "VH,-"], ["2 of SAR1, SAR2; this"]),
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,B77"], ["'B77'"]),
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,VV"], ["wrong file"]),
         (2, [*other, tmp_path / "none.csv"], ["none.csv"]),
-        (1, [*other, tmp_path / "short.csv"], ["short.csv: line 3: column s2"]),
+        (1, [*other, tmp_path / "short.csv"], ["short.csv: line 3: 1 values"]),
         (1, [*other, tmp_path / "quote.csv"], ["quote.csv: line 3"]),
-        (1, [*other, tmp_path / "semicolon.csv"], ["semicolon.csv: line 1", "';'"]),
-        (1, [*other, tmp_path / "tab.csv"], ["tab.csv: line 1", "tab"]),
-        (1, [*other, tmp_path / "bare.csv"], ["bare.csv has no row"]),
-        (1, [*other, tmp_path / "latin.csv"], ["latin.csv is not UTF-8"]),
+        (1, [*other, tmp_path / "semicolon.csv"], ["semicolon.csv: line 1", "no commas"]),
+        (1, [*other, tmp_path / "tab.csv"], ["tab.csv: line 1", "no commas"]),
+        (1, [*other, tmp_path / "bare.csv"], ["bare.csv: line 2: no row"]),
+        (1, [*other, tmp_path / "latin.csv"], ["latin.csv", "utf-8"]),
         (2, ["--mode", "single", "--root", archive], ["12 pairs fill no batch"]),
         (1, ["--mode=single", "--root", archive, *SMALL, "--out", tmp_path / "file"], ["file"]),
         (2, ["--mode", "single", "--size", "3"], ["--size"]),
@@ -1058,13 +1049,13 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
         assert all(part in message for part in parts), message
 
 
-def test_a_folder_whose_name_is_not_utf8_is_refused_before_training(archive, tmp_path):
-    root = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
-    shutil.copytree(archive, os.fsdecode(root))
-    message = refused(2, "--mode", "single", "--root", os.fsdecode(root), *SMALL, "--out",
-                      tmp_path / "run")  # fmt: skip
-    assert "UTF-8" in message and not (tmp_path / "run").exists()
-    assert message.endswith("\\udce9'\n")  # the name alone, not all of the command
+def test_folders_whose_names_are_not_utf8_work(archive, tmp_path):
+    root = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"caf\xe9"))
+    shutil.copytree(archive, root)
+    out = os.path.join(root, "run")
+    trained("--mode", "single", "--root", root, *SMALL, "--max-steps", 1, "--out", out)
+    assert "resumed at step 1" in trained("--resume", "--out", out, "--max-steps", 2)
+    assert b"caf\\\\udce9" in Path(out, "encoder.safetensors").read_bytes()  # its metadata, as JSON
 
 
 @pytest.mark.parametrize(

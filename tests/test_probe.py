@@ -98,8 +98,8 @@ def refused(capsys, status, argv, *words):
 
 def read(images, rows, bands):
     """Standardised images and how they were standardised."""
-    args = argparse.Namespace(size=32, device=CPU)
-    setup = probe.Setup(args, images, bands, *probe.band_statistics(images, rows, bands))
+    args = argparse.Namespace(size=32, device=CPU, stats="train")
+    setup = probe.set_up(args, images, bands, rows)
     return torch.cat([x.clone() for x in probe.read_ahead(setup, rows)]), setup
 
 
@@ -203,7 +203,7 @@ def test_settings_are_chosen_on_the_validation_part(listed, fitted):
 
 def test_the_floor_is_twelve_statistics_of_each_band():
     x = torch.randn(4, 2, 9, 11, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    found = probe.BandStatistics(2)(x).numpy().reshape(4, 12, 2)
+    found = probe.BandStatistics()(x).numpy().reshape(4, 12, 2)
     flat = x.numpy().reshape(4, 2, -1).astype(float)
     expected = [flat.mean(-1), flat.std(-1, ddof=1)]
     expected += [np.percentile(flat, p, axis=-1, method="nearest") for p in (0, 10, 25, 50, 75, 90)]
@@ -251,7 +251,7 @@ def test_a_subset_shrinks_both_parts_and_train_images_the_training_part_alone(ca
     assert len({*fit, *val}) == 20 and (labels[[*fit, *val]] == 1).sum() == 8
     with pytest.raises(SystemExit) as ended:
         probe.split_images(labels, None, options(train_images=161), 3)
-    assert ended.value.code == 2 and "160 are there" in capsys.readouterr().err
+    assert ended.value.code == 2 and "160 images are there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split, stem", [("official", "eurosat"), ("spatial", "eurosat-spatial")])
@@ -294,7 +294,7 @@ def test_b8a_is_the_last_band_of_real_eurosat_files():
     """B8A looks like B08, at its brightness; B09 (water vapour) and B10 (cirrus) are far darker."""
     images = probe.list_images("eurosat", REAL / "eurosat", None)
     tiles = np.stack([tifffile.imread(file) for (file,) in images.files]).astype(np.float64)
-    mean, _ = probe.band_statistics(images, np.arange(len(tiles)), ["NNIR", "NIR"])
+    mean = read(images, np.arange(len(tiles)), ["NNIR", "NIR"])[1].mean
     assert mean == pytest.approx([tiles[..., 12].mean(), tiles[..., 7].mean()])
     assert 0.9 < mean[0] / mean[1] < 1.3 and tiles[..., 9].mean() < 100  # B10 is the tenth
     tile_means = tiles.mean((1, 2))
@@ -312,7 +312,7 @@ def test_bands_go_by_either_name(asked, bands):
 
 
 def test_a_band_that_the_data_lack_is_refused_by_name(photos, tmp_path, capsys):
-    refused(capsys, 2, settings(photos, tmp_path, band="B05"), "RE5 (B05)", "Blue, Green, Red")
+    refused(capsys, 2, settings(photos, tmp_path, band="B05"), "RE5 (B05)", "Red, Green, Blue")
     refused(capsys, 2, settings(photos, tmp_path, band="B99"), "'B99'", "RE5/B05")
     refused(capsys, 2, settings(photos, tmp_path, band="Red,Blue"), "one or three")
 
@@ -323,9 +323,7 @@ def test_files_of_another_band_count_and_unknown_names_are_refused(eurosat, tmp_
     table.write_text("\n".join(["image,label", *rows]))
     argv = settings(table, tmp_path / "out", dataset="csv", band="Blue", weights="stats")
     order = ["--bands-in-file", "B02,B03,B04,B08"]
-    refused(
-        capsys, 1, [*argv, *order], "t.csv line 2:", ".tif has 13 bands, --bands-in-file names 4"
-    )
+    refused(capsys, 1, [*argv, *order], ".tif: has 13 bands, not 4")
     argv = settings(table, tmp_path / "out", dataset="csv", band="all", weights="stats")
     refused(capsys, 2, [*argv, "--bands-in-file", "B2,B3,B4"], "'B2'")
     refused(capsys, 2, [*argv, "--bands-in-file", "B02,Blue"], "twice")
@@ -372,9 +370,8 @@ def test_sen12ms_scene_labels_are_the_simplified_majority_and_nan_becomes_the_me
 def test_a_scene_that_is_linked_to_twice_is_refused(tmp_path, capsys):
     root = write_sen12ms(tmp_path / "sen12ms")
     (root / "ROIs1158_spring2").symlink_to(root / "ROIs1158_spring")
-    with pytest.raises(SystemExit):
-        probe.list_images("sen12ms", root, None)
-    assert "again: remove one" in capsys.readouterr().err
+    argv = settings(root, tmp_path / "out", dataset="sen12ms", band="Red")
+    refused(capsys, 1, argv, "spring2", "comes twice")
 
 
 @pytest.mark.parametrize("inner, dataset, suffix", [
@@ -435,7 +432,7 @@ def layout(kind, model):
 
 def loaded(kind, file):
     weights = probe.find_any_weights(f"{kind}:{file}", "")
-    return weights, probe.load_encoder(weights, "", 3, 0)
+    return weights, probe.load_encoder(weights, 3, 0)
 
 
 @pytest.mark.parametrize("kind, arch", [
@@ -451,7 +448,7 @@ def test_each_published_layout_gives_the_encoder_it_was_made_from(kind, arch, re
     with torch.no_grad():
         assert torch.equal(encoder(x), body(x))
         one = x[:, :1]
-        assert torch.equal(encoder(probe.for_encoder(encoder, one)), body(one.repeat(1, 3, 1, 1)))
+        assert torch.equal(encoder(one), body(one.repeat(1, 3, 1, 1)))
 
 
 def test_an_exported_encoder_is_ours(resnets, tmp_path, capsys):
@@ -461,31 +458,28 @@ def test_an_exported_encoder_is_ours(resnets, tmp_path, capsys):
     assert str(tmp_path / "own") in capsys.readouterr().out
     argv = ["--weights", weights.source, "--export", tmp_path / "w.pth"]
     refused(capsys, 2, argv, tmp_path / "w.pth", "there already")
-    own = probe.find_weights(str(tmp_path / "own"))
+    own = probe.find_weights(str(tmp_path / "own"), "resnet50")
     assert (own.name, own.metadata["arch"]) == ("ImageNet supervised", "resnet18")
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        assert torch.equal(probe.load_encoder(own, "resnet50", 3, 0)(x), encoder(x))
+        assert torch.equal(probe.load_encoder(own, 3, 0)(x), encoder(x))
     other = probe.find_any_weights(f"other:{tmp_path / 'w.pth'}", "resnet50")
     assert other.name == "other w" and other.metadata["arch"] == "resnet18"  # nobody else's name
-    (tmp_path / "own").rename(tmp_path / "own.safetensors")
-    with pytest.raises(SystemExit) as ended:  # ours under another's name
-        probe.find_any_weights(f"imagenet:{tmp_path / 'own.safetensors'}", "resnet18")
-    assert ended.value.code == 2 and "name it alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind, other", [("imagenet", "seco"), ("byol-imagenet", "imagenet")])
-def test_a_file_of_another_layout_is_refused_with_what_it_holds(
-    kind, other, resnets, tmp_path, capsys
-):
+@pytest.mark.parametrize(
+    "kind, other, told",
+    [("imagenet", "seco", "no resnet18: "), ("byol-imagenet", "imagenet", "it holds conv1.weight")],
+)
+def test_a_file_of_another_layout_is_refused(kind, other, told, resnets, tmp_path, capsys):
     torch.save(layout(other, resnets["resnet18"]), tmp_path / "weights.pt")
     with pytest.raises(SystemExit) as ended:
         loaded(kind, tmp_path / "weights.pt")
     said = capsys.readouterr().err
-    assert ended.value.code == 1 and "it holds" in said and "weights.pt" in said
+    assert ended.value.code == 1 and told in said and "weights.pt" in said and len(said) < 500
 
 
-def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, tmp_path, capsys):
+def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, photos, tmp_path, capsys):
     found = resnets["resnet18"].state_dict() | {"layer1.0.bn1.bias": torch.zeros(7)}
     torch.save(found, tmp_path / "weights.pt")
     with pytest.raises(SystemExit) as ended:
@@ -494,9 +488,7 @@ def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, tmp_path, c
     encoder = probe.build_encoder("resnet18", 1)
     encoder.bn1.bias.data[0] = float("nan")  # as a diverged training leaves it
     file = write_encoder(tmp_path / "e.safetensors", encoder=encoder)
-    with pytest.raises(SystemExit) as ended:
-        probe.find_weights(str(file))
-    assert ended.value.code == 1 and "bn1.bias holds NaN" in capsys.readouterr().err
+    refused(capsys, 1, settings(photos, tmp_path / "out", weights=file), "not finite", "diverged")
 
 
 class Bomb:
@@ -622,7 +614,8 @@ def test_odd_contents_of_others_files_are_one_line(resnets, photos, tmp_path, ca
     for held in ({1: torch.zeros(1)}, {"state_dict": 3}, nan):
         torch.save(held, file)
         refused(capsys, 1, settings(photos, tmp_path / "out", weights=f"other:{file}"))
-        refused(capsys, 1, ["--weights", f"other:{file}", "--export", tmp_path / "x.safetensors"])
+    torch.save({"state_dict": 3}, file)
+    refused(capsys, 1, ["--weights", f"other:{file}", "--export", tmp_path / "x.safetensors"])
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -633,14 +626,19 @@ def test_the_same_image_twice_and_photos_among_geotiffs_are_refused(
     one, *_, last = sorted((tmp_path / "photos").glob("*/*.jpg"))
     last.unlink()
     last.symlink_to(one)
-    refused(capsys, 1, settings(tmp_path / "photos", tmp_path / "out"), last, "again")
+    refused(capsys, 1, settings(tmp_path / "photos", tmp_path / "out"), last, "comes twice")
     last.unlink()
     os.mkfifo(last)  # is no file: left out, not waited for
     assert len(probe.list_images("eurosat-rgb", tmp_path / "photos", None).files) > 1
-    rows = [{"image": one, "label": "a"}, {"image": next(eurosat.glob("**/*.tif")), "label": "b"}]
-    table(tmp_path / "t.csv", rows)
+    last.unlink()
+    mixed = [*photos.glob("*/*.jpg"), *eurosat.glob("*/*.tif")]
+    table(tmp_path / "t.csv", [{"image": file, "label": file.suffix} for file in mixed])
     argv = settings(tmp_path / "t.csv", tmp_path / "out", dataset="csv")
-    refused(capsys, 1, argv, "line 3", "a table of each")
+    refused(capsys, 1, argv, ".tif: cannot identify")
+    table(tmp_path / "t.csv", [{"image": last, "label": "a"}])
+    refused(capsys, 1, argv, "line 2", "no file")
+    os.mkfifo(last)
+    refused(capsys, 1, argv, "line 2", "no file")
 
 
 def test_embed_takes_every_image_and_refuses_what_would_choose_some(photos, tmp_path, capsys):
@@ -670,7 +668,7 @@ def test_reestimated_batchnorm_holds_the_statistics_of_the_images(eurosat, monke
     monkeypatch.setattr(probe, "native_bf16", lambda device: False)  # to compare in fp32
     images = probe.list_images("eurosat", eurosat, None)
     x, setup = read(images, np.arange(30), ["Red"])
-    setup.args.weights, setup.args.arch = probe.find_weights("random"), "resnet18"
+    setup.args.weights = probe.find_weights("random", "resnet18")
     setup.args.bn = "reestimate"
     encoder = probe.prepare(setup, np.arange(30), 0)
     with torch.no_grad():
@@ -742,7 +740,6 @@ def quick(monkeypatch):
     """Networks and heads that take no time: what is left is what tells results apart."""
     monkeypatch.setattr(probe, "load_encoder", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(probe, "encode", lambda e, setup, rows: torch.zeros(len(rows), 512))
-    monkeypatch.setattr(probe, "reestimate_batchnorm", lambda *_: None)
     head = torch.nn.Linear(512, 3)
     monkeypatch.setattr(probe, "fit_heads", lambda kind, settings, *_: [head] * len(settings))
     monkeypatch.setattr(probe, "fine_tune", lambda *_: torch.nn.Sequential(torch.nn.ReLU(), head))
@@ -872,7 +869,7 @@ def test_embed_writes_the_features_of_every_image_labelled_or_not(photos, tmp_pa
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     found = np.load(tmp_path / "all.npz", allow_pickle=False)
     x, _ = read(images, np.arange(30), ["Red"])
-    np.testing.assert_allclose(found["features"], probe.BandStatistics(1)(x), rtol=1e-5)
+    np.testing.assert_allclose(found["features"], probe.BandStatistics()(x), rtol=1e-5)
     assert found["names"].tolist() == [file for (file,) in images.files]
     assert found["bands"].tolist() == ["Red"] and "labels" not in found
     refused(capsys, 2, settings(photos, tmp_path, "--embed", tmp_path / "all.npz"), "there already")
@@ -920,10 +917,9 @@ def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floo
         assert line.split() == cells
     probe_run(photos, tmp_path, "--seeds", 2, "--bn", "reestimate", weights=file)
     titles = capsys.readouterr().out.splitlines()[-2]
-    assert titles.startswith("band  RS-BYOL-1  ") and "Random init, bn encoder  " in titles
-    capsys.readouterr()
+    assert titles.startswith("band  RS-BYOL-1, resnet18, bn re-estimated  Random init, resnet18  ")
     probe_run(photos, tmp_path, "--seeds", 2, weights="stats")  # the floor has no architecture
-    assert "Random init, resnet18" in capsys.readouterr().out.splitlines()[-2]
+    assert capsys.readouterr().out.splitlines()[-2].split(None, 2)[2] == "Random init, resnet18"
 
 
 def test_a_result_is_not_taken_as_done_where_it_is_damaged_and_named_where_the_script_changed(
@@ -943,10 +939,8 @@ def test_a_result_is_not_taken_as_done_where_it_is_damaged_and_named_where_the_s
 def test_progress_stands_in_a_log_file_once_a_minute(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(probe.time, "monotonic", lambda: now[0])
-    progress = probe.Progress("encoding")
-    for done in range(1, 201):
+    for _ in probe.progress("encoding", range(200), 200):
         now[0] += 1.0
-        progress(done, 200)
     assert capsys.readouterr().out.splitlines() == [
         "  encoding: 60 of 200", "  encoding: 120 of 200", "  encoding: 180 of 200",
     ]  # fmt: skip
@@ -1066,14 +1060,14 @@ def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
     ("image,label\n", 1, ["no row"]),
     ("", 1, ["columns image"]),
     ("image,label\nnone.jpg,a\n", 1, ["line 2", "none.jpg"]),
-    ("image,label,split\nA,a,training\n", 1, ["line 2", "'training'"]),
-    ("image,label\nA,a\nA,a\nB,b", 1, ["line 3", "line 2"]),
-    ("image,label\nA,a\nlink,b\n", 1, ["line 3", "link stands in line 2"]),
-    ("image,label,split\nA,a,train\nA,a,test\n", 1, ["line 3", "line 2"]),
+    ("image,label,split\nA,a,training\n", 1, ["'training'"]),
+    ("image,label\nA,a\nA,a\nB,b", 1, ["/A comes twice"]),
+    ("image,label\nA,a\nlink,b\n", 1, ["/link comes twice"]),
+    ("image,label,split\nA,a,train\nA,a,test\n", 1, ["/A comes twice"]),
     ("image,label\nA,\nB,b\n", 1, ["line 2", "empty"]),
-    ("image,label\nA,a\nB,a \n", 1, ["line 3", "line 2", "blanks or case"]),
+    ("image,label\nA,a\nB,a \n", 1, ["line 3", "blanks or case"]),
     ("image,label\nA,a\nB,A\n", 1, ["line 3", "blanks or case"]),
-    ("image,label\nA,a\nB,a\n", 1, ["one class"]),
+    ("image,label\nA,a\nB,a\n", 1, ["1 classes"]),
 ])  # fmt: skip
 def test_a_faulty_table_is_one_line(photos, tmp_path, capsys, text, status, words):
     for name, source in (("A", "Forest_0"), ("B", "Forest_1")):
@@ -1081,13 +1075,13 @@ def test_a_faulty_table_is_one_line(photos, tmp_path, capsys, text, status, word
     (tmp_path / "link").symlink_to("A")
     (tmp_path / "t.csv").write_text(text)
     argv = settings(tmp_path / "t.csv", tmp_path / "o", dataset="csv", weights="stats")
-    refused(capsys, status, argv, "t.csv", *words)
+    refused(capsys, status, argv, *words)
 
 
 def test_a_table_that_is_no_text_file_is_one_line(tmp_path, capsys):
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
     os.mkfifo(tmp_path / "pipe.csv")
-    refused(capsys, 1, settings(tmp_path / "t.csv", tmp_path, dataset="csv"), "UTF-8")
+    refused(capsys, 1, settings(tmp_path / "t.csv", tmp_path, dataset="csv"), "utf-8")
     refused(capsys, 2, settings(tmp_path / "pipe.csv", tmp_path, dataset="csv"), "is no file")
 
 
@@ -1103,8 +1097,8 @@ def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refus
     (tmp_path / "huge.png").write_bytes(png)
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
-    for name, bands, told in (("deep", 3, "16 bits"), ("huge", 3, "pixels"), ("rgb", 1, "colour"),
-                              ("grey", 3, "grey")):  # fmt: skip
+    for name, bands, told in (("deep", 3, "16 bits"), ("huge", 3, "pixels"), ("rgb", 1, "3 band"),
+                              ("grey", 3, "1 band")):  # fmt: skip
         with pytest.raises(bandcrop.TileError, match=rf"{name}\.png.*{told}"):
             probe.open_photo(str(tmp_path / f"{name}.png"), None, bands)
     one = probe.open_photo(str(tmp_path / "grey.png"), None, 1)
@@ -1121,17 +1115,17 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
         tifffile.imwrite(tmp_path / f"{n}.tif", tile, extratags=tags)
     table(tmp_path / "t.csv", [{"image": f"{n}.tif", "label": "ab"[n % 2]} for n in range(4)])
     images = probe.list_images("csv", tmp_path / "t.csv", "B04")
-    mean, std = probe.band_statistics(images, np.arange(4), ["Red"])
-    assert mean == pytest.approx([np.concatenate(valid).mean()])
-    assert std == pytest.approx([np.concatenate(valid).std()])
+    _, setup = read(images, np.arange(4), ["Red"])
+    assert setup.mean == pytest.approx([np.concatenate(valid).mean()])
+    assert setup.std == pytest.approx([np.concatenate(valid).std()])
     for n in (0, 2):  # files without a tag: --nodata speaks for them
         tile = tifffile.imread(tmp_path / f"{n}.tif")
         tile[:8] = 0
         tifffile.imwrite(tmp_path / f"{n}.tif", tile)
         valid[n] = tile[8:].ravel()
     images = images._replace(nodata=0)
-    mean, _ = probe.band_statistics(images, np.arange(4), ["Red"])
-    assert mean == pytest.approx([np.concatenate(valid).mean()])
+    _, setup = read(images, np.arange(4), ["Red"])
+    assert setup.mean == pytest.approx([np.concatenate(valid).mean()])
     x, _ = read(images, np.array([0]), ["Red"])
     assert x[0, 0, :7].abs().max() < 1e-3  # zeros became the mean, but where a cubic reaches over
     common = {"dataset": "csv", "weights": "stats"}
@@ -1175,7 +1169,7 @@ def test_wrong_use_is_refused_in_one_line(photos, tmp_path, capsys):
     def wrong(*more, words, **kwargs):
         refused(capsys, 2, settings(photos, tmp_path, *more, **kwargs), *words)
 
-    wrong("--subset", 31, words=["--subset 31", "30 images"])
+    wrong("--subset", 31, words=["--subset", "31 asked for, 30 images"])
     wrong("--head", "knn", "--cam", 3, words=["--cam"])
     wrong("--size", 8, words=["--size 8"])
     wrong("--head", "knn", words=["--head"], weights="scratch")

@@ -1,7 +1,10 @@
 """segment.py: masks that stay on their images, measures, what a result depends on, frozenness."""
 
+import argparse
+import itertools
 import json
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -155,9 +158,9 @@ def test_masks_and_tiles_with_another_number_of_bands_are_refused(table, tmp_pat
     other = write_masks(table, tmp_path / "data", lambda mask: np.stack([mask] * 3, -1))
     refused(capsys, 1, settings(other, tmp_path), "mask/0.tif", "has 3 bands", "a mask has 1")
     argv = settings(table, tmp_path, "--s2-bands", "B02,B03,B04")
-    refused(capsys, 1, argv, "s2/0.tif has 4 bands, --s2-bands names 3")
-    argv = settings(table, tmp_path, "--s1-bands", "VV")
-    refused(capsys, 1, argv, "s1/0.tif has 2 bands, --s1-bands names 1")
+    refused(capsys, 1, argv, "s2/0.tif: has 4 bands, not 3")
+    argv = settings(table, tmp_path, "--s1-bands", "VV", band="VV")
+    refused(capsys, 1, argv, "s1/0.tif: has 2 bands, not 1")
 
 
 def test_nodata_that_is_named_is_left_out_of_the_statistics(table, tmp_path):
@@ -300,11 +303,18 @@ def test_a_decoder_that_diverges_fails_the_run_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_batches_are_never_of_one_tile_and_never_more_than_one_too_large():
-    for count in range(2, 40):
-        for size in range(2, 20):
-            parts = torch.arange(count).tensor_split(segment.count_batches(count, size))
-            assert all(2 <= len(part) <= size + 1 for part in parts)
+def test_batches_are_never_of_one_tile_and_never_more_than_one_too_large(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(segment, "predict_scores", lambda model, x, size: (
+        sizes.append(len(x)) or model["decoder"].weight.expand(len(x), 2, 1, 1)))  # fmt: skip
+    parts = {"encoder": torch.nn.Sequential(OrderedDict(conv1=torch.nn.Conv2d(1, 1, 1)))}
+    parts["decoder"] = torch.nn.Conv2d(1, 1, 1)
+    for count, size in itertools.product(range(2, 20), range(2, 9)):
+        x, masks = torch.zeros(count, 1, 1, 1), torch.zeros(count, 1, 1, dtype=torch.uint8)
+        args = argparse.Namespace(epochs=1, batch_size=size)
+        segment.train(torch.nn.ModuleDict(parts), x, masks, args, 0)
+        assert sum(sizes) == count and all(2 <= n <= size + 1 for n in sizes)
+        sizes.clear()
 
 
 def test_tiles_without_a_pixel_that_counts_are_left_out_and_said(table, tmp_path, capsys):
@@ -314,7 +324,7 @@ def test_tiles_without_a_pixel_that_counts_are_left_out_and_said(table, tmp_path
     [result] = results(tmp_path / "out")
     assert (result["subset"], result["config"]["train"]) == (8, 3)
     assert all(0 < loss < 9 for loss in result["config"]["losses"])
-    assert "8 tiles to train (5 of them without a pixel that counts" in capsys.readouterr().out
+    assert "8 tiles to train, 5 of them without a pixel that counts, 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -379,7 +389,7 @@ def instant(monkeypatch):
     monkeypatch.setattr(segment, "load_encoder", lambda *_: Nothing())
     monkeypatch.setattr(segment, "dilate", lambda encoder: encoder)
     monkeypatch.setattr(segment, "encode", lambda encoder, images: images)
-    monkeypatch.setattr(segment, "train", lambda *_: [1.0])
+    monkeypatch.setattr(segment, "train", lambda *_: torch.ones(1))
     monkeypatch.setattr(segment, "predict", lambda model, batches: np.concatenate(
         [np.zeros((len(x), *x.shape[2:]), np.uint8) for x in batches]))  # fmt: skip
 
@@ -579,8 +589,8 @@ def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
     ("text", "words"),
     [
         ("s1,s2\na,b", ("line 1", "mask")),
-        ("s1,s2,mask\na,b,c", ("line 2: no file", "/c")),
-        ("s1,s2,mask,split\na,b,c,training", ("line 2", "'training'")),
+        ("s1,s2,mask\na,b,c", ("No such file", "/c")),
+        ("s1,s2,mask,split\na,b,c,training", ("tiles.csv", "'training'")),
     ],
 )
 def test_a_fault_of_the_table_is_one_line_with_its_place(tmp_path, capsys, text, words):

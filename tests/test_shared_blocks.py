@@ -41,7 +41,7 @@ def test_the_scripts_agree_on_names(monkeypatch, tmp_path):
     others = {*probe.OTHERS.values(), *probe.NEW_WEIGHTS.values(), "stats"} - {"other"}
     assert others <= known  # else analyze.py takes them for encoders of ours
     assert list(probe.BANDS) == analyze.BANDS
-    assert {*map(tuple, probe.TRIPLES.values())} == analyze.TRIPLES.keys()
+    assert {tuple(text.split(",")) for text in probe.TRIPLES.values()} == analyze.TRIPLES.keys()
     monkeypatch.chdir(tmp_path)
     trained = {}
     for flags in ("single", "single --num-pairs 150000", "single --batch-size 64", "three", "rgb"):
@@ -49,7 +49,8 @@ def test_the_scripts_agree_on_names(monkeypatch, tmp_path):
         args, _ = pretrain.read_settings()
         trained[pretrain.run_name(args, args.num_pairs)] = args.out
     assert trained["RS-BYOL-1"] == probe.OWN_WEIGHTS.parent
-    papers = {name for name, _ in [*analyze.PAPER_I, *analyze.PAPER_III]} | analyze.PAPER_II.keys()
+    rows = [*analyze.PAPER_I, *analyze.PAPER_III]
+    papers = {row.rpartition(" ")[0] for row in rows} | analyze.PAPER_II.keys()
     assert trained.keys() == papers - known
 
 

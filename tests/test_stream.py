@@ -4,6 +4,7 @@ A stand-in for torch runs each CUDA stream on a thread of its own, as late as it
 memory that is free to the next copy at once, so that a wait that is missing shows.
 """
 
+import csv
 import queue
 import random
 import signal
@@ -365,3 +366,25 @@ def test_a_sub_interpreter_gets_an_import_error():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "ImportError" in done.stderr and "main interpreter" in done.stderr
+
+
+# Tables ------------------------------------------------------------------------------------------
+def test_a_table_is_what_csv_makes_of_it_with_the_lines_of_its_rows(tmp_path):
+    text = '\ufeffS1 , s2,note\r\na.tif, b.tif,"x, y"\r\n\r\nc.tif,d.tif,\r\n'
+    (tmp_path / "t.csv").write_text(text, newline="")
+    rows = bandcrop.read_table(tmp_path / "t.csv", ["s1", "s2"])
+    assert [row.pop("line") for row in rows] == [2, 4]
+    plain = text.removeprefix("\ufeff").replace("S1 ", "s1").splitlines()
+    assert rows == list(csv.DictReader(plain, skipinitialspace=True))
+
+
+@pytest.mark.parametrize("text, line", [
+    (b"", 1), (b"s1;s2\na;b\n", 1), (b"s1,s2,s2\n", 1), (b"s1,s2\n", 2), (b"s1,s2\na\n", 2),
+    (b"s1,s2\na,b\na,b,c\n", 3), (b's1,s2\na,"b\nc,d\n', 2), (b"\xff\xfe", 1),
+])  # fmt: skip
+def test_what_is_no_table_is_an_error_with_its_line(text, line, tmp_path):
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(bandcrop.TileError, match=rf"t\.csv: line {line}: "):
+        bandcrop.read_table(tmp_path / "t.csv", ["s1", "s2"])
+    with pytest.raises(OSError):
+        bandcrop.read_table(tmp_path, ["s1"])

@@ -1,0 +1,39 @@
+"""Tables that name files: comma-separated text with a header, as people write and edit it."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bandcrop._core import TileError
+
+
+def read_table(path: str | Path, columns: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of a UTF-8 CSV file by its header, in lower case, with their line number as "line".
+
+    Raises OSError where the file cannot be read; TileError, with file and line, where it is no such
+    table, lacks one of `columns` or has no row. Empty lines are left out.
+    """
+    header: list[str] = []
+    rows: list[dict[str, Any]] = []
+    number = 1
+    try:
+        for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+            # each line alone, so that a stray quote ends, and is found, on its own
+            values = next(csv.reader([line], strict=True, skipinitialspace=True), [])
+            if not header:
+                header = [name.strip().lower() for name in values]
+                if any(header.count(column) != 1 for column in {*columns, *header} - {""}):
+                    raise ValueError(f"{line[:80]!r} lacks one of the columns {','.join(columns)}, "
+                                     "has one twice, or no commas")  # fmt: skip
+            elif values and len(values) != len(header):
+                raise ValueError(f"{len(values)} values under {len(header)} columns")
+            elif values:
+                rows.append(dict(zip(header, values, strict=True)) | {"line": number})
+        if not rows:
+            raise ValueError("no row under the header")
+    except ValueError as error:  # also of what is no UTF-8
+        raise TileError(f"{path}: line {number}: {error}") from None
+    except csv.Error as error:
+        raise TileError(f"{path}: line {number}: {error} (a stray quotation mark?)") from None
+    return rows
