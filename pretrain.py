@@ -240,9 +240,11 @@ def read_settings() -> tuple[Namespace, dict | None]:
             saved, bands = unset | config["settings"], config["bands"]
             longer = f"--epochs={saved['epochs']}"  # than the command said
             now = parse([*shlex.split(str(config["command"]))[1:], longer, *typed])
-            np.array([bands["mean"], bands["std"]], float)
-            if config["precision"] not in DTYPES or not (config["pairs"] and bands["names"]):
-                raise ValueError("precision, pairs or bands")
+            mean, std = np.array([bands["mean"], bands["std"]], float)
+            sound = mean.shape == (len(bands["names"]),) and np.isfinite([mean, std]).all()
+            known = config["precision"] in DTYPES and config["versions"]["torch"]
+            if not (known and sound and std.all() and {"sha256"} <= config["pairs"].keys()):
+                raise ValueError("bands, pairs, precision or versions")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(1, f"{file} is damaged ({reason(error)}): choose another --out")
         now.out, now.max_steps, args = args.out, args.max_steps, now
@@ -366,11 +368,16 @@ def train_step(
     return watch
 
 
+def in_cycle(at: int, length: int, mult: int) -> tuple[int, int]:
+    """Place in the restart cycle that `at` falls in, and that cycle's length."""
+    while at >= length:
+        at, length = at - length, length * mult
+    return at, length
+
+
 def learning_rate(step: int, steps_per_epoch: int, args: Namespace) -> float:
     """Cosine annealing with warm restarts (Loshchilov and Hutter 2017) at one step."""
-    at, length = step, args.restart_epochs * steps_per_epoch  # in this cycle, and its length
-    while at >= length:
-        at, length = at - length, length * args.restart_mult
+    at, length = in_cycle(step, args.restart_epochs * steps_per_epoch, args.restart_mult)
     return args.lr_min + (args.lr - args.lr_min) * (1 + math.cos(math.pi * at / length)) / 2
 
 
@@ -564,7 +571,7 @@ def open_archive(args: Namespace) -> Archive:
     if args.exclude:
         if not os.path.isfile(args.exclude):
             fail(2, f"no file {args.exclude}: --exclude takes a text file, a tile's name a line")
-        text = Path(args.exclude).read_text("utf-8-sig", errors="replace")
+        text = Path(args.exclude).read_text("utf-8-sig", errors="surrogateescape")
         lines = {line.strip() for line in text.splitlines()}  # names of tiles, or paths in root
         listed = [pair for pair in listed if not lines & {*pair, *map(os.path.basename, pair)}]
         if len(listed) == found:
@@ -721,7 +728,8 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
         "name": config["name"], "epoch": f"{epoch:g}", "command": config["command"],
         "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
         "std": json.dumps(bands["std"]), "synthetic": str(pairs["synthetic"]).lower(),
-        "pairs": str(pairs["used"]), "archive": pairs["sha256"][:12], "code": CODE,
+        "pairs": str(pairs["used"]), "archive": pairs["sha256"][:12],
+        "code": config["versions"].get("pretrain.py", ""),
     } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
     if settings["exclude"]:
         about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
@@ -733,7 +741,7 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
 def save(out: Path, config: dict, parts: dict, state: dict, epoch: float) -> None:
     """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
     byol = parts["byol"]
-    if not all(bool(weight.isfinite().all()) for weight in byol.parameters()):
+    if not all(bool(value.isfinite().all()) for value in byol.state_dict().values()):
         raise FloatingPointError(f"by step {state['step']}")
     if state["bad"]:
         rows = "".join(f"{pair}\t{message}\n" for pair, message in state["bad"].items())
@@ -941,6 +949,8 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     bands = config["bands"]
     if (config["pairs"], bands["names"]) != (archive.about, archive.bands):
         fail(2, f"{args.out} was started with other pairs or bands: choose another --out")
+    if config["versions"].get("pretrain.py") != CODE:
+        warn(f"{args.out} was started by another version of this script")
     config |= {"name": run_name(args, pairs), "settings": vars(args)}
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=1, default=str)  # str: of the path --out
@@ -951,6 +961,11 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.threads = args.threads or max(1, processors)  # of this process, that read
     return args, config, archive._replace(stats=stats), device
+
+
+def kind(value: object) -> object:
+    """What two states of one run have in common, where their values differ."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
 
 
 def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
@@ -970,8 +985,8 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
                 raise ValueError(f"the checksum of {damaged}")
             new = {name: part.state_dict() for name, part in parts.items()} | state
             state = torch.load(file, map_location="cpu", weights_only=True)
-            kinds = partial(tree_map, lambda x: (type(x), getattr(x, "shape", None)))
-            if kinds(new | {"bad": {**state["bad"]}}) != kinds(state) or state["step"] < 0:
+            new["bad"] = {**state["bad"]}
+            if tree_map(kind, new) != tree_map(kind, state) or state["step"] < 0:
                 raise ValueError("it holds something else than such a run")
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))
@@ -1007,7 +1022,7 @@ def main() -> int:
     watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
-    sums, count, replaced = torch.zeros(3, device=device), 0, 0  # since the last log line
+    sums, count = torch.zeros(4, device=device), 0  # loss, spread, cosine, replaced; steps
 
     shape = (2 * args.batch_size // WORLD, CHANNELS[args.mode], args.size, args.size)
     wanted = requests(archive, args, range(step, end))
@@ -1023,20 +1038,16 @@ def main() -> int:
         a, b = views.chunk(2)
         lr = learning_rate(step, per_epoch, args)
         take = partial(train_step, model, optimizer, scaler, a, b, lr, args.tau, autocast)
-        waited += batch.waited
-        if args.compile and step == began_at:
-            sums += first_step(byol, take)
-            waited, since = 0.0, time.monotonic()  # minutes that say nothing of the speed
-            shown = since
-        else:
-            sums += take()
+        compiles = args.compile and step == began_at
+        sums[:3] += first_step(byol, take) if compiles else take()
+        sums[3] += WORLD * int(batch.report.replaced.sum())  # of the mean over processes
         step = state["step"] = step + 1
-        count, replaced = count + 1, replaced + int(batch.report.replaced.sum())
+        count, waited = count + 1, waited + batch.waited
 
         # What is due after this step: a log line, an encoder, a checkpoint
         epoch, within = divmod(step, per_epoch)
         now = time.monotonic()
-        slow = now - shown > 30 and WORLD == 1
+        slow = now - shown > 30 and WORLD == 1 and not compiles
         line, stop = within % args.log_every == 0 or slow, asked[0] if asked else 0
         due = step % args.checkpoint_every == 0 if args.checkpoint_every else now - saved > 120
         if WORLD > 1:  # all save and stop at the same step: one that all know, or every tenth
@@ -1045,10 +1056,14 @@ def main() -> int:
             for also_due, also_stop, theirs in everyone((due, stop, bad)):
                 due, stop = due or also_due, max(stop, also_stop)
                 bad |= theirs
-        cycle_ends = learning_rate(step, per_epoch, args) > lr  # the next step's
+        cycle_ends = not within and not in_cycle(epoch, args.restart_epochs, args.restart_mult)[0]
         last = bool(stop) or step == end
         if line or last:
-            loss, spread, cosine = (x / count for x in sums.tolist())  # waits for the device
+            if WORLD > 1:
+                dist.all_reduce(sums)
+                sums /= WORLD
+            *means, replaced = sums.tolist()  # waits for the device
+            loss, spread, cosine = (value / count for value in means)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"by step {step}")
             now = time.monotonic()
@@ -1056,7 +1071,7 @@ def main() -> int:
                       "pairs_per_second": count * args.batch_size / (now - since)}  # fmt: skip
             record = {
                 "step": step, "epoch": step / per_epoch, "lr": lr, "loss": loss, "std": spread,
-                "cosine": cosine, "replaced": replaced,
+                "cosine": cosine, "replaced": round(replaced),
                 "timing": {name: round(value, 4) for name, value in timing.items()},
             }  # fmt: skip
             if not within or last or now - shown > 30:
@@ -1069,7 +1084,10 @@ def main() -> int:
                 judge(record, cycle_ends, args)
             print(json.dumps(record), file=log, flush=True)
             sums.zero_()
-            count, replaced, waited, since = 0, 0, 0.0, time.monotonic()
+            count, waited, since = 0, 0.0, time.monotonic()
+        elif compiles:  # minutes that say nothing of the speed
+            waited, since = 0.0, time.monotonic()
+            shown = since
         if cycle_ends:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)

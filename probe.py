@@ -249,7 +249,10 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def digest_files(files: Iterable[str]) -> str:
-    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs."""
+    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs.
+
+    A file that comes twice is refused.
+    """
     found: dict[str, os.stat_result] = {}
     for file in files:
         stat = os.stat(file)
@@ -394,7 +397,8 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
         fail(2, f"{path}: is no file; give a CSV file with the columns image,label[,split]")
     rows = bandcrop.read_table(path, ["image"])
     names = [row["image"] for row in rows]
-    if names[0].lower().endswith(TIFFS) and not bands_in_file:
+    geotiff = names[0].lower().endswith(TIFFS)
+    if geotiff and not bands_in_file:
         fail(2, "--bands-in-file is missing: the GeoTIFFs' bands in order, as B02,B03,B04,B08")
     order = (bands_in_file or "Red,Green,Blue").split(",")
     files = [(str(path.parent / name),) for name in names]
@@ -403,6 +407,8 @@ def list_csv(path: Path, bands_in_file: str | None) -> Images:
         at, label = f"{path}: line {row['line']}:", row.get("label", "-")
         if not os.path.isfile(file):
             fail(1, f"{at} no file {file}")
+        if file.lower().endswith(TIFFS) != geotiff:
+            fail(1, f"{at} {file}: GeoTIFFs and photos in one table: make a table of each")
         if not label.strip():
             fail(1, f"{at} the label is empty")
         if (first := spelt.setdefault("".join(label.split()).lower(), label)) != label:
@@ -540,11 +546,12 @@ def set_up(args: argparse.Namespace, images: Images, bands: list[str], rows: np.
     if images.geotiff:
         mean, std = bandcrop.statistics(**which_bands(images, rows, bands))
     else:
-        where, scaler = [images.bands[band][1] for band in bands], StandardScaler()
+        where, sums = [images.bands[band][1] for band in bands], 0
         for row in rows:
-            photo = open_photo(images.files[row][0], None, *images.counts)[where]
-            scaler.partial_fit(photo.reshape(len(where), -1).T)
-        mean, std = scaler.mean_, scaler.var_**0.5
+            photo = open_photo(images.files[row][0], None, *images.counts)[where].astype(float)
+            sums += np.array([np.ones_like(photo), photo, photo**2]).sum((2, 3))  # [3, C]
+        mean, squares = sums[1:] / sums[0]
+        std = np.sqrt(np.maximum(squares - mean**2, 0))
     if not std.all():
         fail(1, f"band {bands[std.argmin()]} is constant over the {len(rows)} training images")
     return Setup(args, images, bands, mean.tolist(), std.tolist())
@@ -667,13 +674,16 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
 def load_encoder(weights: Weights, bands: int, seed: int) -> nn.Module:
     """The encoder in eval mode, frozen, on the CPU; new weights are drawn from `seed`."""
     torch.manual_seed(seed)
-    first = weights.tensors.get("conv1.weight")
-    encoder = build_encoder(weights.metadata["arch"], bands if first is None else first.shape[1])
+    arch = weights.metadata["arch"]
+    if not weights.tensors:
+        return build_encoder(arch, bands).requires_grad_(False)
     try:
-        encoder.load_state_dict(weights.tensors or encoder.state_dict())
-    except RuntimeError as error:
-        told = " ".join(str(error).split())[:200]
-        fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
+        encoder = build_encoder(arch, weights.tensors["conv1.weight"].shape[1])
+        encoder.load_state_dict(weights.tensors)
+    except (KeyError, RuntimeError) as error:
+        fail(1, f"{weights.source}: no {arch}: {' '.join(str(error).split())[:200]}")
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        fail(1, f"{weights.source}: holds NaN or infinity: its run diverged; use an earlier one")
     return encoder.requires_grad_(False)
 
 
@@ -728,7 +738,7 @@ def find_any_weights(text: str | None, arch: str) -> Weights:
         fail(1, f"{cached}: is damaged: remove it, then run this again")
     found = read_tensors(file)
     tensors = by_torchvisions_names(kind, found)
-    if "conv1.weight" not in tensors:
+    if getattr(tensors.get("conv1.weight"), "ndim", 0) != 4:
         fail(1, f"{text}: not the layout of {kind!r}: it holds {', '.join(list(found)[:3])} ... "
                 "(torch.save the encoder's state_dict alone)")  # fmt: skip
     arch = "resnet34" if "layer1.2.conv1.weight" in tensors else "resnet18"
@@ -760,6 +770,9 @@ def read_tensors(file: str) -> dict[str, Any]:
     """The names and tensors in a .safetensors or torch file; nothing in it is executed."""
     try:
         if file.endswith(".safetensors"):
+            with safetensors.safe_open(file, "pt") as opened:
+                if "arch" in (opened.metadata() or {}):
+                    fail(2, f"{file}: is an encoder of pretrain.py or --export: name it alone")
             return safetensors.torch.load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
         return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
@@ -1006,7 +1019,8 @@ def save_cams(
 
     images, x = setup.images, next(read_ahead(setup, rows))
     target = torch.from_numpy(predicted).to(x.device)
-    maps = fullgrad(model, x, target).cpu().numpy()
+    seen = x.expand(-1, model[0].conv1.in_channels, -1, -1)  # the copies count apart
+    maps = fullgrad(model, seen, target).cpu().numpy()
     low, high = np.percentile(x.cpu(), (2, 98), axis=(2, 3), keepdims=True)
     photos = np.clip((x.cpu().numpy() - low) / np.maximum(high - low, 1e-6), 0, 1)
     mean = np.maximum(maps.mean(0), 1e-12)
@@ -1163,13 +1177,14 @@ def main(args: argparse.Namespace) -> None:
             check_bands(args.weights, bands, args.stats)
         if args.embed and len(asked) > 1:
             fail(2, "--embed writes one file: give one band, or three")
+        files = digest_files(file for each in images.files for file in each)
         if args.embed:
             return embed(args, images, asked[0])
         if images.labels is None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
         images = images._replace(part=listed_parts(images, args))
         data = {
-            "files": digest_files(f for each in images.files for f in each),
+            "files": files,
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
             "parts": images.part and digest_of(images.part), "places": images.bands,
             "bands_in_files": images.counts, "nodata": args.nodata,

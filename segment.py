@@ -201,7 +201,10 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def digest_files(files: Iterable[str]) -> str:
-    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs."""
+    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs.
+
+    A file that comes twice is refused.
+    """
     found: dict[str, os.stat_result] = {}
     for file in files:
         stat = os.stat(file)
@@ -377,13 +380,16 @@ def build_encoder(arch: str, channels: int) -> nn.Module:
 def load_encoder(weights: Weights, bands: int, seed: int) -> nn.Module:
     """The encoder in eval mode, frozen, on the CPU; new weights are drawn from `seed`."""
     torch.manual_seed(seed)
-    first = weights.tensors.get("conv1.weight")
-    encoder = build_encoder(weights.metadata["arch"], bands if first is None else first.shape[1])
+    arch = weights.metadata["arch"]
+    if not weights.tensors:
+        return build_encoder(arch, bands).requires_grad_(False)
     try:
-        encoder.load_state_dict(weights.tensors or encoder.state_dict())
-    except RuntimeError as error:
-        told = " ".join(str(error).split())[:200]
-        fail(1, f"{weights.source}: no {weights.metadata['arch']}: {told}")
+        encoder = build_encoder(arch, weights.tensors["conv1.weight"].shape[1])
+        encoder.load_state_dict(weights.tensors)
+    except (KeyError, RuntimeError) as error:
+        fail(1, f"{weights.source}: no {arch}: {' '.join(str(error).split())[:200]}")
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        fail(1, f"{weights.source}: holds NaN or infinity: its run diverged; use an earlier one")
     return encoder.requires_grad_(False)
 
 
@@ -541,7 +547,6 @@ class Tiles(NamedTuple):
     names: list[str]  # of the masks, below --root
     files: list[tuple[str, str]]  # S2, S1
     bands: dict[str, tuple[int, int]]  # paper's name: place in `files`, 0-based band in that file
-    counts: tuple[int, int]  # how many bands each of `files` must have
     masks: np.ndarray  # uint8 [N, S, S]: place in --classes, IGNORED where a pixel does not count
     windows: np.ndarray  # float64 [N, 4]: where they were cut: top, left, height, width, fractions
     part: list[str] | None  # train, val or test, where the archive says so
@@ -562,12 +567,16 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
     if strange := {*(part or ())} - {"train", "val", "test"}:
         fail(1, f"{args.root}: split {min(strange)!r} is not train, val or test")
     files = {kind: [str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1")}
+    for kind, count in (("s2", len(args.s2_bands)), ("s1", len(args.s1_bands))):
+        for path in files[kind]:
+            if (has := bandcrop.info(path).bands) != count:
+                fail(1, f"{path} has {has} bands, --{kind}-bands names {count}")
     digest = digest_of([*map(digest_files, files.values()), part])
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
         bands=band_places(args.s2_bands, args.s1_bands), part=part, digest=digest,
-        counts=(len(args.s2_bands), len(args.s1_bands)), **read_masks(files["mask"], args),
-        nodata=args.nodata, synthetic=(folder / "SYNTHETIC.txt").exists(),
+        **read_masks(files["mask"], args), nodata=args.nodata,
+        synthetic=(folder / "SYNTHETIC.txt").exists(),
     )  # fmt: skip
 
 
@@ -649,9 +658,8 @@ def source(tiles: Tiles, rows: np.ndarray, bands: list[str]) -> dict[str, Any]:
     """Where bandcrop finds these bands of these tiles."""
     where = [tiles.bands[band] for band in bands]
     paths = [[tiles.files[row][file] for file, _ in where] for row in rows]
-    counts = [[tiles.counts[file] for file, _ in where]] * len(rows)
     bands = [[band for _, band in where]] * len(rows)
-    return {"paths": paths, "bands": bands, "bands_in_file": counts, "nodata": tiles.nodata}
+    return {"paths": paths, "bands": bands, "nodata": tiles.nodata}
 
 
 def band_statistics(

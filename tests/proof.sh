@@ -119,6 +119,14 @@ for seed in 0 1 2; do
 done
 on_varied varied-lr --lr 0.1
 on_varied varied-temperature --negatives 0.1
+# Without s1s2_scenes, whose optical images are grey: MS and SAR against MS only
+grep -v s1s2_scenes "$RUNS/varied/pairs.csv" >"$RUNS/varied/colour.csv"
+for seed in 0 1 2; do
+    for views in ms-sar ms-ms; do
+        pretrain "colour-$views-seed$seed" --mode single --views $views --pairs "$RUNS/varied/colour.csv" \
+            --s2-bands Red,Green,Blue --s1-bands VH --recipe small --epochs 24 --restart-epochs 24 --seed $seed
+    done
+done
 pretrain varied-paper --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH --epochs 10
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
@@ -172,7 +180,7 @@ embed stats --weights stats
 embed random --weights random
 embed paper --weights "$RUNS/varied-paper/encoder.safetensors" --bn reestimate
 for seed in 0 1 2; do
-    for run in varied varied-ms-only varied-crops negatives; do
+    for run in varied varied-ms-only varied-crops negatives colour-ms-sar colour-ms-ms; do
         embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
     done
     for epoch in 10 30; do
@@ -182,6 +190,9 @@ for seed in 0 1 2; do
 done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
+for pair in "negatives-epoch10 varied" "varied varied-ms-only" "colour-ms-sar colour-ms-ms"; do
+    $PYTHON tests/judge.py versus "$JUDGED" 64 $pair
+done
 RESULTS=results/proof-labels
 for labels in 50 200 1000; do
     for weights in random stats; do

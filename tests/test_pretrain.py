@@ -745,6 +745,10 @@ def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
     assert about["code"] == pretrain.CODE
     config = json.loads((copy_of / "config.json").read_text())
     assert about["archive"] == config["pairs"]["sha256"][:12]
+    config["versions"]["pretrain.py"] = "another"
+    (copy_of / "config.json").write_text(json.dumps(config))
+    status, _, err = here("--resume", "--out", copy_of)
+    assert status == 0 and "started by another version of this script" in err
 
 
 def test_a_run_that_was_made_longer_stays_so(copy_of):

@@ -465,6 +465,10 @@ def test_an_exported_encoder_is_ours(resnets, tmp_path, capsys):
         assert torch.equal(probe.load_encoder(own, 3, 0)(x), encoder(x))
     other = probe.find_any_weights(f"other:{tmp_path / 'w.pth'}", "resnet50")
     assert other.name == "other w" and other.metadata["arch"] == "resnet18"  # nobody else's name
+    (tmp_path / "own").rename(tmp_path / "own.safetensors")
+    with pytest.raises(SystemExit) as ended:  # ours under another's name
+        probe.find_any_weights(f"imagenet:{tmp_path / 'own.safetensors'}", "resnet18")
+    assert ended.value.code == 2 and "name it alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -488,7 +492,7 @@ def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, photos, tmp
     encoder = probe.build_encoder("resnet18", 1)
     encoder.bn1.bias.data[0] = float("nan")  # as a diverged training leaves it
     file = write_encoder(tmp_path / "e.safetensors", encoder=encoder)
-    refused(capsys, 1, settings(photos, tmp_path / "out", weights=file), "not finite", "diverged")
+    refused(capsys, 1, settings(photos, tmp_path / "out", weights=file), "NaN", "diverged")
 
 
 class Bomb:
@@ -611,11 +615,11 @@ def test_odd_contents_of_others_files_are_one_line(resnets, photos, tmp_path, ca
     file = tmp_path / "w.pt"
     nan = resnets["resnet18"].state_dict()
     nan["bn1.bias"] = torch.full((64,), float("nan"))
-    for held in ({1: torch.zeros(1)}, {"state_dict": 3}, nan):
+    flat = nan | {"conv1.weight": torch.zeros(64)}
+    for held in ({1: torch.zeros(1)}, {"state_dict": 3}, nan, flat):
         torch.save(held, file)
         refused(capsys, 1, settings(photos, tmp_path / "out", weights=f"other:{file}"))
-    torch.save({"state_dict": 3}, file)
-    refused(capsys, 1, ["--weights", f"other:{file}", "--export", tmp_path / "x.safetensors"])
+        refused(capsys, 1, ["--weights", f"other:{file}", "--export", tmp_path / "x.safetensors"])
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -631,10 +635,12 @@ def test_the_same_image_twice_and_photos_among_geotiffs_are_refused(
     os.mkfifo(last)  # is no file: left out, not waited for
     assert len(probe.list_images("eurosat-rgb", tmp_path / "photos", None).files) > 1
     last.unlink()
-    mixed = [*photos.glob("*/*.jpg"), *eurosat.glob("*/*.tif")]
-    table(tmp_path / "t.csv", [{"image": file, "label": file.suffix} for file in mixed])
+    rows = [{"image": one, "label": "a"}, {"image": next(eurosat.glob("**/*.tif")), "label": "b"}]
+    table(tmp_path / "t.csv", rows)
     argv = settings(tmp_path / "t.csv", tmp_path / "out", dataset="csv")
-    refused(capsys, 1, argv, ".tif: cannot identify")
+    refused(capsys, 1, argv, "line 3", "a table of each")
+    table(tmp_path / "t.csv", [{"image": one}, {"image": one}])
+    refused(capsys, 1, [*argv, "--embed", tmp_path / "x.npz"], "comes twice")
     table(tmp_path / "t.csv", [{"image": last, "label": "a"}])
     refused(capsys, 1, argv, "line 2", "no file")
     os.mkfifo(last)
