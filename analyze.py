@@ -935,18 +935,23 @@ def draw_tsne(files: list[Path], faults: list[str]):
 def draw_runs(runs: list[Run]):
     """What pre-training logged, by step."""
     shown = [key for key in LOGGED if any(np.isfinite(run.log[key]).any() for run in runs)]
-    figure, axes = new_figure(9, 1.9 * len(shown) + 0.6 + 0.09 * len(runs), rows=len(shown))
+    rows = math.ceil(len(shown) / 2)
+    figure, axes = new_figure(9, 2.1 * rows + 0.6 + 0.09 * len(runs), rows, columns=2)
     legend: dict[str, Any] = {}
-    for axis, key in zip(axes, shown, strict=True):
+    for axis, key in zip(axes, shown, strict=False):
         for index, run in enumerate(runs):
             there = np.isfinite(run.log[key])
             x, y = run.log["step"][there], run.log[key][there]
             style = {"color": COLOURS[index % 7], "ls": ["-", "--", "-."][index // 7 % 3]}
             (legend[run.name],) = axis.plot(x, y, marker="." * (len(x) < 40), **style)
+        axis.set(xlabel="step", ylabel=LOGGED[key])
+        axis.set_xlim(left=0)
+        if key in ("std", "match"):
+            axis.set_ylim(0, max(1.1 * axis.dataLim.y1, 0.55 * (key == "match")))
         if key == "match":
             axis.axhline(0.5, color="black", ls="--")  # chance
-        bottom = 0 if key in ("std", "match") else None
-        axis.set(xlabel="step", ylabel=LOGGED[key], xlim=(0, None), ylim=(bottom, None))
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
     legend_below(figure, legend)
     return figure
 

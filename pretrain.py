@@ -1116,7 +1116,9 @@ def run() -> int:
         return 130
     except FloatingPointError as error:
         fail(1, f"loss or weights are not finite {error}: lower --lr or --precision fp32")
-    except (OSError, bandcrop.TileError) as error:
+    except bandcrop.TileError as error:
+        fail(1, reason(error))
+    except OSError as error:
         fail(1, f"{reason(error)} (if a run had begun, --resume goes on from its last checkpoint)")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
