@@ -293,18 +293,20 @@ def print_table(out: Path, paths: list[Path], metric: str) -> None:
     """The metric by band, beside random's and the floor's where `out` has them for the same task:
     mean over seeds, half the width of the 95 % interval (Student's t)."""
     results = [json.loads(path.read_text()) for path in paths]
-    name, task = results[0]["weights"]["name"], results[0]["config"]["task"]
+    name, first = results[0]["weights"]["name"], results[0]["config"]
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         with suppress(ValueError, KeyError, TypeError):  # what is no result of ours
             other = json.loads(path.read_text())
             beside = other["weights"]["name"] in {"Random init", "stats"} - {name}
-            if beside and other["config"]["task"] == task:
+            if beside and other["config"]["task"] == first["task"]:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
         title, its = result["weights"]["name"], result["config"]
-        title += f", {its['arch']}" * bool(its["arch"])  # the floor has none
-        title += ", bn re-estimated" * (its.get("bn") == "reestimate")
+        if its["arch"] not in (None, first["arch"]):  # None: the floor has none
+            title += f", {its['arch']}"
+        if its.get("bn") not in (None, first.get("bn")):
+            title += f", bn {its['bn']}"
         column = columns.setdefault(title, {})
         column.setdefault("+".join(result["bands"]), []).append(result["metrics"][metric])
     rows = [["band", *columns]]
