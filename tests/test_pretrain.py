@@ -1107,10 +1107,16 @@ def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, mon
 
 # More than one process, and a GPU ----------------------------------------------------------------
 def test_two_processes_of_torchrun_are_killed_and_one_resumes(archive, tmp_path):
-    out = tmp_path / "run"
+    import tifffile
+
+    out, root = tmp_path / "run", shutil.copytree(archive, tmp_path / "sen12ms")
+    for path in root.glob("ROIs*/s2_*/*.tif"):  # [H, W, 13]; a border of zeros
+        pixels = tifffile.imread(path)
+        pixels[: len(pixels) // 2] = 0
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    common = ["--mode", "single", "--root", root, *NET, *SMALL, *REST, "--nodata", 0]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line += command("--mode", "single", "--root", archive, *NET, *SMALL, *REST, "--epochs", 100,
-                    "--checkpoint-every", 5, "--out", out)[1:]  # fmt: skip
+    line += command(*common, "--epochs", 100, "--checkpoint-every", 5, "--out", out)[1:]
     launched = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL)  # fmt: skip
     while not (out / "checkpoint.pt").exists():
@@ -1123,6 +1129,9 @@ def test_two_processes_of_torchrun_are_killed_and_one_resumes(archive, tmp_path)
     launched.wait()
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     assert step % 5 == 0
+    trained(*common, "--max-steps", 3, "--out", tmp_path / "alone")  # reads the same in all
+    replaced = [[line["replaced"] for line in log_of(run)[:2]] for run in (out, tmp_path / "alone")]
+    assert replaced[0] == replaced[1] > [0, 0]
     said = trained("--resume", "--out", out, *NET, "--epochs", 4)
     assert f"resumed at step {step} of 12" in said
     steps = [line["step"] for line in log_of(out)]

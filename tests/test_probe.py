@@ -1032,6 +1032,16 @@ def test_fullgrad_contributions_sum_to_the_logit():
     torch.testing.assert_close(probe.fullgrad(model, x, target), expected)
 
 
+def test_maps_see_the_three_copies_of_one_band(photos, tmp_path, monkeypatch):
+    file = write_encoder(tmp_path / "e.safetensors", encoder=probe.build_encoder("resnet18", 3))
+    seen, fullgrad = [], probe.fullgrad
+    monkeypatch.setattr(
+        probe, "fullgrad", lambda m, x, t: seen.append(x.shape) or fullgrad(m, x, t)
+    )
+    probe_run(photos, tmp_path, "--cam", 2, weights=file)
+    assert seen == [(2, 3, 32, 32)]
+
+
 # ------------------------------------------------------------------------------ data and errors
 def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
     rows = [
