@@ -528,7 +528,7 @@ def list_pairs(args: Namespace) -> list[tuple[str, str]]:
 
 
 def list_csv(path: Path) -> list[tuple[str, str]]:
-    """(S2, S1) paths of a CSV with columns s1 and s2; other columns are left alone."""
+    """(S2, S1) paths of a CSV with the columns s1 and s2; others, named once, are left alone."""
     if not path.is_file():
         fail(2, f"no file {path}: --pairs takes a CSV with the columns s1 and s2")
     rows = bandcrop.read_table(path, ("s1", "s2"))
@@ -740,6 +740,8 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
 
 def save(out: Path, config: dict, parts: dict, state: dict, epoch: float) -> None:
     """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
+    if RANK:
+        return
     byol = parts["byol"]
     if not all(bool(value.isfinite().all()) for value in byol.state_dict().values()):
         raise FloatingPointError(f"by step {state['step']}")
@@ -963,7 +965,7 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     return args, config, archive._replace(stats=stats), device
 
 
-def kind(value: object) -> object:
+def form_of(value: object) -> object:
     """What two states of one run have in common, where their values differ."""
     return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
 
@@ -986,7 +988,7 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
             new = {name: part.state_dict() for name, part in parts.items()} | state
             state = torch.load(file, map_location="cpu", weights_only=True)
             new["bad"] = {**state["bad"]}
-            if tree_map(kind, new) != tree_map(kind, state) or state["step"] < 0:
+            if tree_map(form_of, new) != tree_map(form_of, state) or state["step"] < 0:
                 raise ValueError("it holds something else than such a run")
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))

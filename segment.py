@@ -218,6 +218,12 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
+    """A file for this result and no other: `identity` is the digest of all that determines it."""
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
+    return out / f"{stem}-{identity[:12]}-seed{seed}.json"
+
+
 def done_before(path: Path) -> bool:
     """Whether this result is there; says so, and whether another version of the script made it."""
     if not path.exists():
@@ -762,8 +768,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
     identity = digest_of([task, bands, arch, weights.name, weights.sha256])
     parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands]
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([*parts, f"{len(classes)}classes"]))
-    path = args.out / f"{stem}-{identity[:12]}-seed{seed}.json"  # of this result and no other
+    path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
     png = path.with_name(f"{path.stem}-maps.png")
     if (png.exists() or not args.maps) and done_before(path):
         return path
