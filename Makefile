@@ -75,6 +75,7 @@ fuzz: build  ## the reader under mutated files, sanitizers and, where clang is t
 	build/fuzz_reader -max_len=6000 -timeout=20 -malloc_limit_mb=512 -max_total_time=$(FUZZ_SECONDS) build/corpus
 
 bench: build  ## speed of loader, training and probe beside others, as ratios
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(PY) tests/bench_loader.py
 	$(PY) tests/bench_train.py
 
