@@ -54,7 +54,7 @@ demo: build  ## everything once on synthetic tiles, one page: under 5 minutes on
 	$(call stage,Land cover from a random encoder,$(DEMO_SEGMENT) --weights random)
 	$(call stage,Land cover from the pre-trained encoder,$(DEMO_SEGMENT) --weights $(ENCODER))
 	$(call stage,Tables and tests and plots and one page,$(PY) analyze.py results/demo --runs runs/demo --out report/demo)
-	@echo; echo "In five such demos with other seeds the pre-trained encoder was above a random one each time, by"; \
+	@echo; echo "In five such demos, a seed each, the pre-trained encoder was above a random one every time, by"; \
 	echo "0.04 to 0.07, and hand-made statistics were above both (tests/PROOF.md). This one: see above, and"; \
 	echo "look at report/demo/index.html"
 

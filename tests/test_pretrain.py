@@ -296,10 +296,11 @@ def test_old_settings_give_the_losses_and_the_encoder_that_they_gave(
     trained("--mode", mode, "--views", views, "--root", archive, *net, *SMALL, "--log-every", 1,
             "--epochs", 4, "--max-steps", 10, "--blur-sigma", "0.7,14", "--no-compile",
             "--out", tmp_path)  # fmt: skip
-    same = torch.backends.cpu.get_cpu_capability() == "AVX2"  # else rounding differs, and grows
-    assert [x["loss"] for x in log_of(tmp_path)][:3] == pytest.approx(losses[:3], rel=1e-3)
-    if same:
-        assert [x["loss"] for x in log_of(tmp_path)] == pytest.approx(losses, rel=1e-6)
+    found = [line["loss"] for line in log_of(tmp_path)]
+    assert found[0] == pytest.approx(losses[0], rel=1e-5)
+    assert found[1] == pytest.approx(losses[1], rel=1e-2)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # else rounding differs, and grows
+        assert found == pytest.approx(losses, rel=1e-6)
         encoder = load_file(tmp_path / "encoder.safetensors")
         total = sum(float(tensor.double().abs().sum()) for tensor in encoder.values())
         assert total == pytest.approx(size, rel=1e-6)

@@ -446,7 +446,8 @@ def test_whatever_determines_a_result_makes_another_one_when_it_changes(
     assert new() == 1
     here.write_text(here.read_text().replace("7.tif,train", "7.tif,test"))
     assert new() == 1
-    monkeypatch.setattr(segment, "native_bf16", lambda device: True)
+    native = segment.native_bf16(torch.device("cpu"))
+    monkeypatch.setattr(segment, "native_bf16", lambda device: not native)
     assert new() == 1
     assert len(seen) == len(flags) + 10
 
