@@ -194,6 +194,14 @@ $PYTHON tests/judge.py table "$JUDGED"
 for pair in "negatives varied" "negatives-epoch10 varied-epoch10" "varied-epoch10 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
     $PYTHON tests/judge.py versus "$JUDGED" 64 $pair
 done
+RESULTS=results/proof-other # data unlike the training pairs
+for run in stats random varied-seed0 varied-seed1 varied-seed2; do
+    weights=$run
+    [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors --bn reestimate"
+    probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 128 --head linear --weights $weights
+    probe --dataset eurosat --root "$DATA/eurosat" --band all --head linear --weights $weights
+done
+$PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-other
 RESULTS=results/proof-labels
 for labels in 50 200 1000; do
     for weights in random stats; do
