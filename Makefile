@@ -16,7 +16,7 @@ define stage
 endef
 ENCODER = runs/demo/encoder.safetensors
 
-.PHONY: help build test lint fuzz bench demo proof clean codecs environment
+.PHONY: help build build-test test lint fuzz bench demo proof clean codecs environment
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -37,8 +37,10 @@ build: environment codecs  ## install the dependencies and the extension into th
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable .
 	@$(PY) -c 'import bandcrop; print("bandcrop reads:", ", ".join(bandcrop.codecs()))'
 
-test: environment codecs  ## build, then run all tests
+build-test: environment codecs
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+
+test: build-test  ## build, then run all tests
 	$(PY) -m pytest -q
 
 DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --size 64 --band all --head knn --seeds 5 --out results/demo
@@ -64,8 +66,7 @@ lint: environment  ## ruff and clang-format
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(CXX_FILES)
 
-fuzz: build  ## the reader under mutated files, sanitizers and, where clang is there, libFuzzer
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+fuzz: build-test  ## the reader under mutated files, sanitizers and, where clang is there, libFuzzer
 	MUTATIONS=120000 $(PY) -m pytest -q -m '' -k 'sanitizer or missing_codec' tests/test_attack.py tests/test_codecs.py
 	@clang=$$(command -v clang++ || command -v clang++-14) || { echo "no clang++: libFuzzer skipped"; exit 0; }; \
 	mkdir -p build/corpus && $(PY) tests/test_attack.py seeds build/corpus >/dev/null && \
@@ -74,8 +75,7 @@ fuzz: build  ## the reader under mutated files, sanitizers and, where clang is t
 	  csrc/tiff.cpp csrc/decode.cpp csrc/resample.cpp -ldeflate -lzstd && \
 	build/fuzz_reader -max_len=6000 -timeout=20 -malloc_limit_mb=512 -max_total_time=$(FUZZ_SECONDS) build/corpus
 
-bench: build  ## speed of loader, training and probe beside others, as ratios
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+bench: build-test  ## speed of loader, training and probe beside others, as ratios
 	$(PY) tests/bench_loader.py
 	$(PY) tests/bench_train.py
 

@@ -286,6 +286,9 @@ OLD = {
          2.1217498779296875, 1.606443166732788, 1.2519726753234863, 2.3699073791503906,
          2.654005527496338, 1.9225940704345703], 364.35528734464606),
 }  # fmt: skip
+# ResNet-18 on four samples lets rounding grow so fast that AVX-512 has losses of its own; they are
+# those of 35ac5a0 there, the same bits as today's in all ten steps and in the encoder.
+THREE_AVX512 = [3.929046154022217, 2.756464958190918, 1.915696144104004]
 
 
 @pytest.mark.parametrize("mode, views", OLD)
@@ -296,11 +299,11 @@ def test_old_settings_give_the_losses_and_the_encoder_that_they_gave(
     trained("--mode", mode, "--views", views, "--root", archive, *net, *SMALL, "--log-every", 1,
             "--epochs", 4, "--max-steps", 10, "--blur-sigma", "0.7,14", "--no-compile",
             "--out", tmp_path)  # fmt: skip
-    found = [line["loss"] for line in log_of(tmp_path)]
-    assert found[0] == pytest.approx(losses[0], rel=1e-5)
-    assert found[1] == pytest.approx(losses[1], rel=1e-2)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # else rounding differs, and grows
-        assert found == pytest.approx(losses, rel=1e-6)
+    cpu = torch.backends.cpu.get_cpu_capability()
+    first = THREE_AVX512 if (mode, cpu) == ("three", "AVX512") else losses[:3]
+    assert [x["loss"] for x in log_of(tmp_path)][:3] == pytest.approx(first, rel=1e-3)
+    if cpu == "AVX2":  # else rounding differs, and grows
+        assert [x["loss"] for x in log_of(tmp_path)] == pytest.approx(losses, rel=1e-6)
         encoder = load_file(tmp_path / "encoder.safetensors")
         total = sum(float(tensor.double().abs().sum()) for tensor in encoder.values())
         assert total == pytest.approx(size, rel=1e-6)
