@@ -197,7 +197,7 @@ class Result:
         self.finetuned = config.get("finetune") is True
         self.recipe = recipe_of(about)
         self.pretraining = clean(about.get("seed"))
-        self.epoch = float(about.get("epoch", "nan"))  # of the pre-training
+        self.epoch = float(about.get("epoch", "0"))  # of the pre-training
         self.synthetic_tiles = about.get("synthetic") == "true"  # it was pre-trained on these
         self.label = ""  # of its row in a table; see label_rows
         self.usage: tuple[str, ...] = ()  # the part of it that says how the weights were used
@@ -330,7 +330,7 @@ class Test:
     p_holm: float = math.nan
     low_holm: float = math.nan
     high_holm: float = math.nan
-    d: float = math.nan  # Cohen's d_z (paired), d with the mean of both variances (Welch)
+    d: float = math.nan  # Cohen's d_z; between two recipes d, by the mean of their variances
     effect: str = ""  # which of the two
     note: str = ""  # why it is not tested
 
@@ -339,43 +339,44 @@ class Test:
         return stats.t.interval(1 - alpha, self.df, self.difference, self.error)
 
 
-def summarise(values: np.ndarray, overlap: float = 0.0) -> tuple[float, float]:
-    """Mean and half width of its 95 % t-interval, which is NaN for a single value.
+Part = tuple[np.ndarray, float]  # one source of chance: means by seed, say; and their overlap
+
+
+def standard_error(parts: list[Part]) -> tuple[float, float]:
+    """Of a mean with several sources of chance, such as seeds and pre-trainings: their variances
+    add up. And its degrees of freedom, by Welch and Satterthwaite. NaN where one has one value.
 
     overlap: test images for each image that is none, where the values come from random splits of
     one data set, else 0: the variance of the mean is taken as (1/J + overlap) times the values'
     (Nadeau and Bengio, Inference for the generalization error, 2003). Few labels are drawn from
     all that are no test images, so that their number does not enter.
     """
-    n = len(values)
-    error = np.sqrt((1 / n + overlap) * np.var(values, ddof=1)) if n > 1 else math.nan
-    return float(np.mean(values)), float(stats.t.ppf(1 - ALPHA / 2, n - 1) * error)
-
-
-def t_test(test: Test, *samples: np.ndarray, overlap: float = 0.0) -> Test:
-    """Student's t-test that the mean of one sample, differences, is 0; of two samples, Welch's.
-
-    With fewer than three values each it errs too often, so it is not made. For one sample, Welch
-    and Satterthwaite's degrees of freedom are n - 1. overlap: as in `summarise`.
-    """
-    test.n = " and ".join(str(len(x)) for x in samples)
-    test.difference = float(samples[0].mean() - sum(x.mean() for x in samples[1:]))
-    test.effect = "d" if len(samples) > 1 else "d_z"
-    if min(map(len, samples)) < 3:
-        test.note = f"fewer than three values {test.kind}"
-        return test
-    variances = np.array([x.var(ddof=1) for x in samples])
-    shares = variances * [1 / len(x) + overlap for x in samples]  # of the difference's variance
+    if min(len(x) for x, _ in parts) < 2:
+        return math.nan, math.nan
+    shares = np.array([(1 / len(x) + overlap) * x.var(ddof=1) for x, overlap in parts])
     error = math.sqrt(shares.sum())
     if error < 1e-12:
+        return 0.0, 1.0
+    shares /= shares.sum()
+    return error, float(1 / sum(shares**2 / [len(x) - 1 for x, _ in parts]))
+
+
+def t_test(test: Test, difference: float, parts: list[Part]) -> Test:
+    """A t-test that a difference is 0. With fewer than three values of a part it errs too often, so
+    it is not made. parts: as in `standard_error`, the seeds or bands last."""
+    test.difference, test.n = float(difference), " and ".join(str(len(x)) for x, _ in parts)
+    test.effect = "d" if len(parts) > 2 else "d_z"
+    if min(len(x) for x, _ in parts) < 3:
+        test.note = f"fewer than three values {test.kind}" + " or seeds" * (len(parts) > 1)
+        return test
+    test.error, test.df = standard_error(parts)
+    if not test.error:
         test.note = "no spread"
         return test
-    shares /= shares.sum()
-    test.df = float(1 / sum(shares**2 / [len(x) - 1 for x in samples]))
-    test.error, test.t = error, test.difference / error
+    test.t = test.difference / test.error
     test.p = float(2 * stats.t.sf(abs(test.t), test.df))
     test.low, test.high = test.interval(ALPHA)
-    test.d = float(test.difference / np.sqrt(variances.mean()))
+    test.d = test.difference / np.mean([x.var(ddof=1) for x, _ in parts[:-1] or parts]) ** 0.5
     return test
 
 
@@ -412,30 +413,31 @@ def matched(
     return both, np.array(x, float).reshape(len(rows), len(both), len(common))
 
 
-def compare(values: Values, test: Test, a: list[str], b: list[str], bands: list[str],
-            overlap: float = 0.0, drawn: bool = False) -> Test:  # fmt: skip
-    """Fill in a test from what its rows have in common; overlap: as in `summarise`.
+def compare(
+    values: Values, test: Test, a: list[str], b: list[str], bands: list[str], overlap: float = 0.0
+) -> Test:
+    """Fill in a test from what its rows have in common; overlap: as in `standard_error`.
 
-    a, b: one row, or the pre-trainings of a recipe. A recipe is tested against another, or against
-    weights drawn anew for each seed, by Welch; against a row that is one thing, such as `stats`, by
-    the differences of its pre-trainings from it.
+    a, b: one row, or the pre-trainings of a recipe. By chance vary the pre-trainings of a recipe,
+    and always the seeds: the splits are the same for all pre-trainings, so that their luck is not
+    averaged out over them.
     """
-    both, x = matched(values, a + b, bands, test.kind == "over seeds")
-    test.bands = " ".join(both)
+    both, x = matched(values, a + b, bands, test.kind != "over bands")
     if not x.size:
         test.note = "no band and seed in common"
         return test
-    if axis := {"over bands": 2, "over seeds": 1}.get(test.kind):  # averaged, before the test
-        overlap *= test.kind == "over seeds"
-        test.method = f"paired t-test {test.kind}"
-        test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
-        return t_test(test, np.subtract(*x.mean(axis)), overlap=overlap)
-    ours, other = x[: len(a)].mean((1, 2)), x[len(a) :]
-    if len(b) > 1 or drawn:
-        test.method = "Welch's t-test over pre-trainings" + " and draws" * drawn
-        return t_test(test, ours, other[0].mean(0) if drawn else other.mean((1, 2)))
-    test.method = "t-test over pre-trainings' differences"
-    return t_test(test, ours - other.mean())
+    test.bands = " ".join(both)
+    if test.kind == "over bands":
+        test.method, gaps = "paired t-test over bands", np.subtract(*x.mean(2))
+        return t_test(test, gaps.mean(), [(gaps, 0)])
+    ours, other = x[: len(a)].mean(1), x[len(a) :].mean(1)  # [pre-trainings, seeds]
+    gaps = ours.mean(0) - other.mean(0)
+    recipes = [(side.mean(1), 0) for side in (ours, other) if len(side) > 1]
+    test.method = "paired t-test over seeds"
+    if recipes:
+        test.method = "Welch's t-test over pre-trainings and seeds"
+    test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
+    return t_test(test, gaps.mean(), [*recipes, (gaps, overlap)])
 
 
 # ---------------------------------------------------------------------------- tables
@@ -494,9 +496,10 @@ class Table:
         held, x = matched(self.values[metric], self.recipes.get(row, [row]), bands)
         if len(held) < len(bands) or not x.size:
             return 0, math.nan, math.nan
-        if row in self.recipes:
-            return len(x), *summarise(x.mean((1, 2)))
-        return x.shape[2], *summarise(x[0].mean(0), self.first(row).overlap)
+        x = x.mean(1)  # [pre-trainings, seeds]
+        parts = [(x.mean(1), 0)] * (row in self.recipes) + [(x.mean(0), self.first(row).overlap)]
+        error, df = standard_error(parts)
+        return len(parts[0][0]), float(x.mean()), float(stats.t.ppf(1 - ALPHA / 2, df) * error)
 
 
 def paper_value(r: Result, metric: str, column: str) -> str:
@@ -549,8 +552,9 @@ def build_tables(results: list[Result], faults: list[str]) -> list[list[Table]]:
             about = f"{title}; {key[1]} labelled images to learn from" if key[1] else title
             rows = {}  # the label of a recipe: those of its encoders
             for detail, members in recipes[key]:
-                own = [f"{len(members)} pre-trainings", *(d for d in detail if d not in common)]
-                rows[named(members[0].name, own)] = [r.label for r in members]
+                apart = [d for d in detail if d not in common or d in members[0].usage]
+                row = named(members[0].name, [f"{len(members)} pre-trainings", *apart])
+                rows[row] = [r.label for r in members]
             sections[-1].append(Table(next(number), about, by_table[key], rows))
     return sections
 
@@ -572,8 +576,7 @@ def make_tests(table: Table, metric: str) -> list[Test]:
             families.setdefault((kind, family), []).append(test)
             if kept[a].config.get("task") == kept[b].config.get("task"):
                 members = [table.recipes.get(row, [row]) for row in (a, b)]
-                overlap, drawn = kept[b].overlap, kept[b].name in DRAWN
-                compare(table.values[metric], test, *members, table.bands, overlap, drawn)
+                compare(table.values[metric], test, *members, table.bands, kept[b].overlap)
             else:
                 test.note = "probed with other settings"
     for family in families.values():
@@ -588,13 +591,15 @@ def fixed(value: float, form: str) -> str:
     return DASH if math.isnan(value) else format(value, form)
 
 
+def listed(bands: list[str]) -> str:
+    return ", ".join(bands) if len(bands) < 4 else f"{len(bands)} bands"
+
+
 def clause(test: Test, form: str) -> str:
     """What a test says of its a, without its name: "beats random by 0.05 F1 on Red (...)"."""
-    bands = test.bands.split()
-    where = ", ".join(bands) if len(bands) < 4 else f"{len(bands)} bands"
-    gap = f"{test.difference:+{form}} {test.metric}" + f" on {where}" * bool(bands)
+    gap = f"{test.difference:+{form}} {test.metric} on {listed(test.bands.split())}"
     if math.isnan(test.p):
-        return f"is not tested against {test.b} ({f'{gap}; ' * bool(bands)}{test.note})"
+        return f"is not tested against {test.b} ({f'{gap}; ' * bool(test.bands)}{test.note})"
     p = f"= {test.p_holm:.4f}" if test.p_holm >= 0.0001 else "< 0.0001"
     evidence = f"({test.low_holm:+{form}} to {test.high_holm:+{form}}, p {p})"
     if test.p_holm >= ALPHA:
@@ -654,7 +659,7 @@ def notes(table: Table) -> str:
     split = "on a fixed test set: seeds redraw the head, random weights and what is learnt from"
     if any(r.overlap for r in table.results):
         split = "widened by Nadeau and Bengio's correction for random splits that overlap"
-    return (f"{unit}, mean ± 95 % t-interval over {seeds} (of a recipe: over its pre-trainings), "
+    return (f"{unit}, mean ± 95 % t-interval over {seeds} (of a recipe: and pre-trainings), "
             f"{split}. In brackets: the paper's figure. {DASH}: no result.")  # fmt: skip
 
 
@@ -742,7 +747,7 @@ def tables_csv(tables: list[Table], what: str) -> str:
 
 # Okabe and Ito's, for colour-blind readers
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
-GREY = "#999999"  # random
+GREYS = ["#999999", "#dddddd", "#555555"]  # random weights, used in several ways
 PLOTS = {
     "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "errorbar.capsize": 1.5,
@@ -770,6 +775,16 @@ def legend_below(figure, labelled: dict[str, Any]) -> None:
                   ncols=2)  # fmt: skip
 
 
+def colours_of(names: dict[str, str]) -> dict[str, str]:
+    """A colour for each row, given the names of its weights: greys for random ones, black for the
+    floor, so that a row looks the same in all figures of a table."""
+    rest = [row for row, name in names.items() if name not in ("random", "stats")]
+    colours = {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(rest)}
+    random = [row for row, name in names.items() if name == "random"]
+    colours |= {row: GREYS[i % len(GREYS)] for i, row in enumerate(random)}
+    return dict.fromkeys(names, "black") | colours
+
+
 def draw_bars(tables: list[Table]):
     """Every row and band of a section: a group for each band, a bar for each row.
 
@@ -777,12 +792,10 @@ def draw_bars(tables: list[Table]):
     seven rows the next go to a further panel. Random weights stand in each.
     """
     names = {row: t.first(row).name for t in tables for row in t.shown()}
-    others = [row for row in names if names[row] not in ("random", "stats")]
-    colours = {row: COLOURS[i % 7] for i, row in enumerate(others)}
-    panels = []
+    colours, panels = colours_of(names), []
     for table in tables:
         drawn = [row for row in table.shown() if names[row] == "random"]
-        rest = [row for row in table.shown() if row in others]
+        rest = [row for row in table.shown() if names[row] not in ("random", "stats")]
         panels += [(table, drawn + rest[i : i + 7]) for i in range(0, max(1, len(rest)), 7)]
     figure, axes = new_figure(9, 2.4 * len(panels) + 0.1 * len(names) + 0.4, rows=len(panels))
     legend: dict[str, Any] = {}
@@ -795,7 +808,7 @@ def draw_bars(tables: list[Table]):
                 floor = axis.hlines(cell.mean, x - 0.45, x + 0.45, colors="black", ls="--")
                 legend[f"{row} (the floor)"] = floor
             elif row in part:
-                style = {"color": colours.get(row, GREY), "edgecolor": "black", "lw": 0.5}
+                style = {"color": colours[row], "edgecolor": "black", "lw": 0.5}
                 x += (part.index(row) - (len(part) - 1) / 2) * width
                 legend[row] = axis.bar(x, cell.mean, width, yerr=cell.half_width_95, **style)
         space = max(0.6, 10 / (len(part) + 1) - len(table.columns) / 2)  # few bars stay narrow
@@ -823,18 +836,20 @@ def draw_lines(table: Table, lines: dict[str, Points], xlabel: str, whiskers: bo
     legend: dict[str, Any] = {}
     means: list[float] = []
     drawn = {line: lines[line] for line in held if held[line].issuperset(bands)}
-    for index, (line, points) in enumerate(drawn.items()):
+    names = {line: points[0][2].first(points[0][1]).name for line, points in drawn.items()}
+    colours = colours_of(names)
+    for line, points in drawn.items():
         values = sorted((x, *t.mean(row, t.metric, bands)[1:]) for x, row, t in points)
         x, y, half = np.nan_to_num(values).T
-        name = points[0][2].first(points[0][1]).name
-        colour = {"random": GREY, "stats": "black"}.get(name, COLOURS[index % 7])
-        legend[line] = axis.errorbar(x, y, half if whiskers else None, color=colour,
-                                     ls="--" if name == "stats" else "-", marker="o")  # fmt: skip
-        if name == "random":
-            axis.fill_between(x, y - half, y + half, color=GREY, alpha=0.35)
+        legend[line] = axis.errorbar(
+            x, y, half if whiskers else None, color=colours[line],
+            ls="--" if names[line] == "stats" else "-", marker="o",
+        )  # fmt: skip
+        if names[line] == "random":
+            axis.fill_between(x, y - half, y + half, color=colours[line], alpha=0.35)
         means += list(y)
     axis.set_ylim(max(0, min(means) - 0.15 * max(means)), 1.15 * max(means) or 1)
-    axis.set(xlabel=xlabel, ylabel=f"{table.metric}, mean of {', '.join(bands)}")
+    axis.set(xlabel=xlabel, ylabel=f"{table.metric}, mean of {listed(bands)}")
     legend_below(figure, legend)
     return figure
 

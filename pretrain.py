@@ -782,10 +782,12 @@ def draw_views(path: Path, request: dict, views: Tensor, archive: Archive) -> No
 # What is learnt, without labels -------------------------------------------------------------------
 def mean_rank(prediction: Tensor, projection: Tensor) -> float:
     """[N, P] each: mean rank of the right row among all, by cosine; 0 best, 0.5 chance."""
+    if len(prediction) < 2:
+        return 0.5  # nothing to tell apart
     cosine = F.normalize(prediction, dim=1) @ F.normalize(projection, dim=1).T  # [N, N]
     right = cosine.diagonal()[:, None]
     rank = (cosine > right).sum(1) + ((cosine == right).sum(1) - 1) / 2
-    return float(rank.mean()) / (len(cosine) - 1 or math.nan)  # of one place: nan
+    return float(rank.mean()) / (len(cosine) - 1)
 
 
 @torch.no_grad()

@@ -352,7 +352,6 @@ File::~File() {
 }
 
 Status File::open(const char* path) {
-    if (descriptor_ >= 0) ::close(descriptor_);
     // O_NONBLOCK: opening a FIFO that nobody writes must not hang.
     descriptor_ = ::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     if (descriptor_ < 0) return Status::failure("cannot be opened: " + system_reason(errno));

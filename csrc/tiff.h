@@ -75,7 +75,7 @@ class File final : public Source {
     File(const File&) = delete;
     File& operator=(const File&) = delete;
     ~File() override;
-    Status open(const char* path);  // a FIFO, folder or device is refused, not waited for
+    Status open(const char* path);  // once; a FIFO, folder or device is refused, not waited for
     Status read(std::uint64_t offset, void* to, std::size_t count) override;
     void will_need(std::uint64_t offset,
                    std::uint64_t count) const;  // asks the kernel to read ahead

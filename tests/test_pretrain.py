@@ -485,6 +485,7 @@ def test_match_is_the_mean_rank_by_cosine():
     assert ours == pytest.approx(np.mean(ranks) / 19)
     assert pretrain.mean_rank(torch.tensor(p), torch.tensor(p)) == 0
     assert pretrain.mean_rank(torch.ones(9, 4), torch.ones(9, 4)) == 0.5  # collapsed: chance
+    assert pretrain.mean_rank(torch.ones(1, 4), torch.ones(1, 4)) == 0.5  # no NaN in log.jsonl
 
 
 def test_watching_changes_nothing_and_looks_outside_the_training_pairs(archive):
@@ -978,6 +979,16 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
         arguments = flags("--root", str(archive), "--exclude", str(listing), "--batch-size", "4")
         assert len(pretrain.open_archive(arguments).names) == left
         assert f"{12 - left} pairs left out" in capsys.readouterr().out
+    odd = os.fsdecode(b"ROIs1_caf\xe9_s2_p1.tif")  # a name that is not UTF-8
+    for s in ("s2", "s1"):
+        folder = tmp_path / "odd" / "ROIs1" / f"{s}_1"
+        folder.mkdir(parents=True)
+        for name in (odd, tiles[0].name):
+            (folder / name.replace("_s2_", f"_{s}_")).touch()
+    listing.write_bytes(os.fsencode(odd))
+    arguments = flags("--root", str(tmp_path / "odd"), "--exclude", str(listing))
+    arguments.batch_size = 1
+    assert pretrain.open_archive(arguments).names == [f"ROIs1/s2_1/{tiles[0].name}"]
     common = ["--mode", "single", "--root", archive, *SMALL, "--exclude", listing]
     listing.write_bytes(tiles[0].name.encode("utf-16"))
     assert "names no tile" in refused(2, *common, "--out", tmp_path / "none")
