@@ -8,9 +8,9 @@ Between the two, `probe.py --embed` writes the features of each list, by each en
 tests/proof.sh has the loop. A third of 3,000 EuroSAT JPEGs and of 1,800 labelled scenes, "val",
 serves to choose a penalty or a number of neighbours for each column. The others, "test", give the
 score: macro F1, mean of five stratified splits of 80 and 20 %. Names that differ in -seedN alone
-are pre-trainings of one recipe: their differences from `stats` get a t-interval, those of two
-recipes Welch's. Of one encoder the interval is over the splits, widened by Nadeau and Bengio's
-correction.
+are pre-trainings of one recipe. A difference gets Welch's interval over pre-trainings and over the
+splits, widened by Nadeau and Bengio's correction as analyze.py does it; of one encoder, over the
+splits alone.
 """
 
 import csv
@@ -27,10 +27,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from analyze import Test, summarise, t_test  # noqa: E402
+from analyze import Test, t_test  # noqa: E402
 
 COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
 PARTS = {"EuroSAT": slice(0, 3), "optical": slice(3, 4), "radar": slice(4, 5)}  # of COLUMNS
+OVERLAP = 0.25  # test images for each other one, in splits of 80 and 20 %
 HEADS = {"regression": (1e-4, 1e-3, 1e-2, 1e-1), "neighbours": (1, 5, 10, 20)}
 
 
@@ -90,31 +91,34 @@ def print_table(folder: Path, size: str) -> None:
                 continue
             less = np.stack(runs) - found["stats"]  # [runs, columns, splits]
             for column, part in PARTS.items():
-                values = less[:, part].mean(1)
-                each, overlap = (values.mean(1), 0) if len(runs) > 1 else (values[0], 0.25)
-                mean, half = summarise(each, overlap)
-                spread = f", standard deviation {each.std(ddof=1):.3f}" * (len(runs) > 1)
-                print(f"{name}, {len(runs)} pre-trainings, less stats, {column}: {mean:+.3f} "
-                      f"({mean - half:+.3f} to {mean + half:+.3f}){spread}", flush=True
-                      )  # fmt: skip
+                compare(f"{name}, {len(runs)} pre-trainings, less stats, {column}", less[:, part])
+
+
+def compare(what: str, ours: np.ndarray, other: np.ndarray | None = None) -> None:
+    """Print a difference of scores float [runs, columns, splits] from 0, or from a recipe's."""
+    both = [scores.mean(1) for scores in (ours, other) if scores is not None]  # [runs, splits]
+    gaps = both[0].mean(0) - sum(scores.mean(0) for scores in both[1:])
+    recipes = [(scores.mean(1), 0) for scores in both if len(scores) > 1]
+    test = Test("over pre-trainings", "", "F1", "", "")
+    t_test(test, gaps.mean(), [*recipes, (gaps, OVERLAP)])
+    spread = "".join(f", standard deviation {each.std(ddof=1):.3f}" for each, _ in recipes)
+    print(f"{what}: {test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}; p = {test.p:.4f})"
+          f"{spread}", flush=True)  # fmt: skip
 
 
 def print_versus(folder: Path, size: str, *recipes: str) -> None:
-    """Welch's t-test over pre-trainings of the first recipe's scores less the second's."""
+    """The first recipe's scores less the second's."""
     for head in HEADS:
-        both = []  # of each recipe: float [runs, columns]
+        both = []  # of each recipe: float [runs, columns, splits]
         for recipe in recipes:
             files = sorted(folder.glob(f"{recipe}-seed?@{size}@radar@test.npz"))
             names = [file.name.split("@")[0] for file in files]
             runs = [[judge(folder, name, size, c, head) for c in COLUMNS] for name in names]
-            both.append(np.array(runs).mean(2))
-            means = " ".join(f"{value:.3f}" for value in both[-1].mean(0))
+            both.append(np.array(runs))
+            means = " ".join(f"{value:.3f}" for value in both[-1].mean((0, 2)))
             print(f"{head}, {size} px, {recipe}, mean of {len(names)}: {means}", flush=True)
         for column, part in PARTS.items():
-            a, b = (scores[:, part].mean(1) for scores in both)
-            test = t_test(Test("over pre-trainings", "", head, *recipes), a, b)
-            print(f"{head}, {column}: {test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}"
-                  f"; p = {test.p:.3f})", flush=True)  # fmt: skip
+            compare(f"{head}, {column}", *(scores[:, part] for scores in both))
 
 
 if __name__ == "__main__":

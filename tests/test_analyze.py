@@ -289,6 +289,20 @@ def test_a_band_that_is_still_being_probed_costs_no_seed_of_the_others(tmp_path)
     (table,), _ = tables_of(tmp_path)
     (test,) = found_tests(table, "over seeds")
     assert test.n == "5" and test.bands == " ".join(MS[:3])
+    for seed in range(3):  # nor does it cost a recipe its verdict
+        pretrained(tmp_path, f"p{seed}", 0.6 + 0.01 * seed, seed, range(5), bands=MS[:3])
+        pretrained(tmp_path, f"p{seed}", 0.6, seed, range(1), bands=MS[3:4])
+    (table,), _ = tables_of(tmp_path)
+    test, *_ = found_tests(table, "over pre-trainings")
+    assert (test.n, test.bands) == ("3 and 5", " ".join(MS[:3])) and test.p < 0.05
+
+
+def test_rows_without_a_seed_in_common_are_not_tested_and_said_so(tmp_path):
+    for band, seed in (("Red", 0), ("Blue", 1)):
+        for name in ("random", OURS):
+            write(tmp_path, result(name=name, bands=[band], seed=seed))
+    said = verdict_of(tmp_path)
+    assert "nan" not in said and "is not tested against random" in said
 
 
 @pytest.mark.parametrize(("split", "overlap"), [("random", 0.25), ("official", 0)])
@@ -1131,6 +1145,13 @@ def test_f1_is_drawn_against_the_length_of_pre_training(tree):
     assert {"random", "stats"} < shown
     assert list(tables[0].recipes) == ["RS-BYOL-1 (3 pre-trainings)"]
     assert not [row for row in tables[0].shown() if "0010" in row]  # judged at its end
+
+
+def test_a_row_has_one_colour_in_all_figures_of_a_section():
+    names = {"random (a)": "random", "random (b)": "random", "SeCo": "SeCo", "stats": "stats"}
+    colours = analyze.colours_of(names)
+    assert len({*colours.values()}) == 4 and colours["stats"] == "black"
+    assert analyze.colours_of({"SeCo": "SeCo"})["SeCo"] == colours["SeCo"]
 
 
 def test_f1_is_drawn_against_the_number_of_labels(tree, tmp_path):
