@@ -195,7 +195,7 @@ for pair in "negatives varied" "negatives-epoch10 varied-epoch10" "varied-epoch1
     $PYTHON tests/judge.py versus "$JUDGED" 64 $pair
 done
 RESULTS=results/proof-other # data unlike the training pairs
-for run in stats random varied-seed0 varied-seed1 varied-seed2; do
+for run in stats random varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 negatives-seed2; do
     weights=$run
     [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors --bn reestimate"
     probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 128 --head linear --weights $weights
@@ -213,6 +213,41 @@ for labels in 50 200 1000; do
     done
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-labels
+# probe.py's own table at 64 pixels: frozen, from scratch, fine-tuned; all labels and few
+say "frozen, from scratch, fine-tuned"
+RESULTS=results/proof-table
+OURS="$RUNS/negatives-seed0/encoder.safetensors"
+for sensor in 1 2; do
+    tr -d '\r' <"$DATA/s1s2_scenes/pairs.csv" | awk -F, -v data="$(cd "$DATA/s1s2_scenes" && pwd)" -v column=$sensor '
+        NR == 1 { print "image,label" }
+        NR > 1 { print data "/" $column "," $3 }' >"$RUNS/scenes-s$sensor.csv"
+done
+on_table() { # data set's key, then flags
+    key=$1 && shift
+    case $key in
+    rgb) probe $RGB --size 64 "$@" ;;
+    ten) probe --dataset eurosat --root "$DATA/eurosat" --size 64 "$@" ;;
+    radar) probe --dataset csv --root "$RUNS/scenes-s1.csv" --bands-in-file VH --band VH --size 64 "$@" ;;
+    optical) probe --dataset csv --root "$RUNS/scenes-s2.csv" --bands-in-file Red --band Red --size 64 "$@" ;;
+    esac
+}
+for weights in stats random "$OURS --bn reestimate"; do
+    on_table rgb --band all --weights $weights
+    on_table ten --band all --weights $weights
+    on_table ten --band NIR --train-images 50 --weights $weights
+    on_table radar --weights $weights
+    on_table optical --weights $weights
+    for labels in 50 200 1000; do
+        on_table rgb --band Red --train-images $labels --weights $weights
+        on_table radar --train-images $labels --weights $weights
+        on_table optical --train-images $labels --weights $weights
+    done
+done
+for weights in scratch "$OURS --finetune"; do
+    on_table rgb --band Red --epochs 15 --weights $weights
+    on_table radar --epochs 15 --weights $weights
+done
+$PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-table
 
 # A page of its own for the settings, one change at a time.
 RESULTS=results/proof-settings
