@@ -65,13 +65,9 @@ std::string path_bytes(py::handle path) {
     return std::string(py::reinterpret_steal<py::bytes>(bytes));
 }
 
-const char* type_name(const Layout& layout) {
-    constexpr const char* names[3][4] = {{"uint8", "uint16", "uint32", "uint64"},
-                                         {"int8", "int16", "int32", "int64"},
-                                         {nullptr, nullptr, "float32", "float64"}};
-    const unsigned bytes = layout.sample_bytes;
-    const unsigned size = bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : 3;
-    return names[static_cast<unsigned>(layout.kind)][size];
+std::string type_name(const Layout& layout) {
+    constexpr const char* kinds[] = {"uint", "int", "float"};
+    return kinds[static_cast<unsigned>(layout.kind)] + std::to_string(8 * layout.sample_bytes);
 }
 
 // As samples of the file compare with it: an int or a float.
@@ -278,8 +274,7 @@ py::array output_array(const py::object& out) {
     if (!result.dtype().is(py::dtype::of<float>()) || result.ndim() != 4 ||
         !result.attr("flags").attr("carray").cast<bool>())
         throw py::type_error(
-            "out must be float32, aligned, writeable and C-contiguous "
-            "[N, C, H, W], not " +
+            "out must be float32, aligned, writeable and C-contiguous [N, C, H, W], not " +
             py::str(result.dtype()).cast<std::string>() + " " + shape_of(result));
     for (int i = 1; i < 4; ++i)
         if (result.shape(i) < 1 || result.shape(i) > 65536)
@@ -287,7 +282,7 @@ py::array output_array(const py::object& out) {
     return result;
 }
 
-// `text` wants the array's dtype kinds, e.g. "iu" for integers: a float band would be rounded
+// `kinds` are the dtype kinds that will do, e.g. "iu" for integers: a float band would be rounded
 // unseen.
 py::array checked(const py::object& given, const char* name, const char* kinds) {
     py::array array = py::module_::import("numpy").attr("asarray")(given);
