@@ -344,7 +344,7 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
             if (inflateInit(&stream) != Z_OK) throw std::bad_alloc();
             stream.next_in = const_cast<std::uint8_t*>(from);
             stream.next_out = to;
-            std::size_t in = from_bytes, out = needed;  // zlib counts in 32 bits
+            std::size_t in = from_bytes, out = room;  // zlib counts in 32 bits
             int result = Z_OK;
             while (result == Z_OK && out > 0) {
                 stream.avail_in = static_cast<uInt>(std::min<std::size_t>(in, UINT32_MAX));
@@ -355,9 +355,10 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
                 out -= out_before - stream.avail_out;
             }
             inflateEnd(&stream);
-            if (out == 0) return {};
-            return result == Z_DATA_ERROR ? Status::failure("DEFLATE data are damaged")
-                                          : too_short("DEFLATE", needed - out, needed);
+            // Z_OK: there is more, of no interest. The checksum stands at the stream's end.
+            if (result != Z_OK && result != Z_STREAM_END)
+                return Status::failure("DEFLATE data are damaged");
+            return out > slack ? too_short("DEFLATE", room - out, needed) : Status{};
 #else
             return Status::failure(
                 "is DEFLATE-compressed, which this build of bandcrop cannot read: "
