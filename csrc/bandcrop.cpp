@@ -86,7 +86,15 @@ py::object nodata(const Layout& layout) {
     return py::int_(bits);
 }
 
-Layout read_info(const py::object& path) {
+// A value for nodata as text, like the tag that it stands for, and whole numbers by their digits:
+// "1e+16" as an int64 is 1.
+std::string nodata_text(const py::object& value) {
+    py::object number = py::float_(value);
+    if (number.attr("is_integer")().cast<bool>()) number = py::int_(value);
+    return py::str(number).cast<std::string>();
+}
+
+Layout read_info(const py::object& path, const py::object& nodata) {
     const std::string name = path_bytes(path);
     Layout layout;
     Status status;
@@ -98,6 +106,8 @@ Layout read_info(const py::object& path) {
         if (status.ok()) status = parse(file, header, true, layout);
     }
     if (!status.ok()) raise_tile_error(name + ": " + status.message, py::none());
+    if (!layout.nodata && !nodata.is_none())
+        layout.nodata = nodata_sample(nodata_text(nodata), layout);
     return layout;
 }
 
@@ -382,13 +392,7 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
             request.orient.push_back(static_cast<std::uint8_t>(turn.at(i)));
         }
     }
-    // As text, like the tag that it stands for, and whole numbers by their digits: "1e+16" as an
-    // int64 is 1.
-    if (!nodata.is_none()) {
-        py::object number = py::float_(nodata);
-        if (number.attr("is_integer")().cast<bool>()) number = py::int_(nodata);
-        request.nodata = py::str(number).cast<std::string>();
-    }
+    if (!nodata.is_none()) request.nodata = nodata_text(nodata);
     if (!bands_in_file.is_none()) {
         const Array<std::int64_t> count(checked(bands_in_file, "bands_in_file", "iu"));
         const bool for_each_path = count.ndim() == (request.file_per_band ? 2 : 1) &&
@@ -527,7 +531,7 @@ PYBIND11_MODULE(core, m) {
         .def_property_readonly(
             "nodata", [](const Layout& t) { return nodata(t); },
             "the sample that GDAL takes for nodata, an int or a float as the samples are; None: "
-            "the file names none that its type can hold")
+            "none is named that the file's type can hold")
         .def_readonly("epsg", &Layout::epsg, "EPSG code of the coordinate system, or None")
         .def("__repr__", [](const Layout& t) {
             return "TileInfo(" + std::to_string(t.bands) + " x " + std::to_string(t.height) +
@@ -561,8 +565,8 @@ PYBIND11_MODULE(core, m) {
              "and\n"
              "must not be touched until Ticket.wait() returns.");
 
-    m.def("info", &read_info, "path"_a,
-          "Layout of the first image of a TIFF file. Raises TileError.");
+    m.def("info", &read_info, "path"_a, "nodata"_a = py::none(),
+          "Layout of a TIFF file's first image; nodata as for Reader.fill. Raises TileError.");
     m.def("read", &read_samples, "path"_a, "bands"_a = py::none(), "window"_a = py::none(),
           "Samples as they are: [bands, height, width] in the file's dtype.\n\n"
           "bands   list of int, 0-based; None: all\n"

@@ -317,6 +317,19 @@ def test_nodata_can_be_named_for_files_without_a_tag(tmp_path):
     assert np.isclose(mean[0], array.mean())
 
 
+@pytest.mark.parametrize(
+    "dtype, absent, nodata", [("f4", -LARGEST, -3.402823e38), ("u1", 10, 10.5), ("u1", 255, -1)]
+)
+def test_statistics_take_for_nodata_what_fill_does(tmp_path, dtype, absent, nodata):
+    array = np.array([[[absent, 1, 7, 7]]], dtype)
+    path = write(tmp_path / "tile.tif", array)
+    out = np.empty((1, 1, 1, 4), np.float32)
+    gone = bandcrop.Reader(1).fill(out, [path], [[0]], nodata=nodata).replaced[0]
+    assert gone == (nodata != -1)  # that is no byte
+    mean, _ = bandcrop.statistics([path], [[0]], nodata=nodata)
+    assert mean[0] == array[0, 0, gone:].astype(float).mean()
+
+
 def test_statistics_leave_out_files_with_too_few_bands(tmp_path):
     paths = [write(tmp_path / f"{n}.tif", image((n, 8, 8), "u2")) for n in (3, 1)]
     with pytest.raises(bandcrop.TileError, match="1.tif"):
