@@ -58,6 +58,12 @@ py::str text(const std::string& message) {
     throw py::error_already_set();
 }
 
+// Where a message holds a path: pybind11 decodes those of its own exceptions as UTF-8.
+[[noreturn]] void raise_error(const py::handle& type, const std::string& message) {
+    py::set_error(type, text(message));
+    throw py::error_already_set();
+}
+
 // A path as the file system has it: str, bytes or os.PathLike.
 std::string path_bytes(py::handle path) {
     PyObject* bytes = nullptr;
@@ -136,8 +142,9 @@ py::array read_samples(const py::object& path, const Numbers& bands, const Numbe
         for (std::uint32_t b = 0; b < layout.bands; ++b) wanted.push_back(b);
     for (const std::int64_t band : wanted)
         if (band < 0 || band >= layout.bands)
-            throw py::index_error(name + " has " + std::to_string(layout.bands) + " bands, band " +
-                                  std::to_string(band) + " was asked for (0-based)");
+            raise_error(PyExc_IndexError, name + " has " + std::to_string(layout.bands) +
+                                              " bands, band " + std::to_string(band) +
+                                              " was asked for (0-based)");
     if (wanted.empty()) throw py::value_error("bands is empty");
     Rectangle area{0, layout.height, 0, layout.width};
     if (window) {
@@ -145,9 +152,9 @@ py::array read_samples(const py::object& path, const Numbers& bands, const Numbe
         if (w.size() != 4) throw py::value_error("window needs top, left, height, width");
         if (w[0] < 0 || w[1] < 0 || w[2] < 1 || w[3] < 1 || w[0] > layout.height - w[2] ||
             w[1] > layout.width - w[3])
-            throw py::value_error(name + " has " + std::to_string(layout.height) + " x " +
-                                  std::to_string(layout.width) +
-                                  " pixels, the window reaches outside them");
+            raise_error(PyExc_ValueError, name + " has " + std::to_string(layout.height) + " x " +
+                                              std::to_string(layout.width) +
+                                              " pixels, the window reaches outside them");
         area = {static_cast<std::uint32_t>(w[0]), static_cast<std::uint32_t>(w[0] + w[2]),
                 static_cast<std::uint32_t>(w[1]), static_cast<std::uint32_t>(w[1] + w[3])};
     }
@@ -281,7 +288,7 @@ py::array output_array(const py::object& out) {
     if (!py::isinstance<py::array>(array))
         throw py::type_error("out must be a numpy array or a CPU tensor");
     auto result = py::reinterpret_borrow<py::array>(array);
-    if (!result.dtype().is(py::dtype::of<float>()) || result.ndim() != 4 ||
+    if (!py::isinstance<py::array_t<float>>(result) || result.ndim() != 4 ||
         !result.attr("flags").attr("carray").cast<bool>())
         throw py::type_error(
             "out must be float32, aligned, writeable and C-contiguous [N, C, H, W], not " +

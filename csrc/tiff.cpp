@@ -244,7 +244,7 @@ struct Directory {
         to = number(bytes, each, big_endian);
         for (std::uint64_t i = 1; i < count; ++i)
             if (number(bytes + i * each, each, big_endian) != to)
-                return bad_tag(tag, "differs between bands, which is not supported");
+                return bad_tag(tag, "holds different values, which is not supported");
         return {};
     }
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -489,8 +490,12 @@ def test_wrong_arguments_are_refused(tmp_path):
     good = {"out": np.zeros((1, 1, 8, 8), np.float32), "paths": [path], "bands": [[0]]}
     read_only = np.zeros((1, 1, 8, 8), np.float32)
     read_only.flags.writeable = False
+    copied = pickle.loads(pickle.dumps(good["out"]))  # float32, by a dtype object of its own
+    bandcrop.Reader(1).fill(**{**good, "out": copied})
+    assert copied.any()
     for error, change in [
         (TypeError, {"out": np.zeros((1, 1, 8, 8))}),
+        (TypeError, {"out": np.zeros((1, 1, 8, 8), ">f4")}),
         (TypeError, {"out": np.zeros((1, 1, 8, 16), np.float32)[..., ::2]}),
         (TypeError, {"out": read_only}),
         (TypeError, {"out": np.frombuffer(bytearray(257), "f4", 64, 1).reshape(1, 1, 8, 8)}),

@@ -129,7 +129,7 @@ def statistics(
                     raise TileError(f"{path}: has {tile.bands} bands, not {wanted}")
                 values = read(path, chosen[index, at].tolist())
             except TileError as error:
-                if bad == "raise":
+                if bad != "report":
                     error.index = index
                     raise
                 continue
