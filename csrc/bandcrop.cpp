@@ -58,6 +58,12 @@ py::str text(const std::string& message) {
     throw py::error_already_set();
 }
 
+// Where a message holds a path: pybind11 decodes those of its own exceptions as UTF-8.
+[[noreturn]] void raise_error(const py::handle& type, const std::string& message) {
+    py::set_error(type, text(message));
+    throw py::error_already_set();
+}
+
 // A path as the file system has it: str, bytes or os.PathLike.
 std::string path_bytes(py::handle path) {
     PyObject* bytes = nullptr;
@@ -65,13 +71,9 @@ std::string path_bytes(py::handle path) {
     return std::string(py::reinterpret_steal<py::bytes>(bytes));
 }
 
-const char* type_name(const Layout& layout) {
-    constexpr const char* names[3][4] = {{"uint8", "uint16", "uint32", "uint64"},
-                                         {"int8", "int16", "int32", "int64"},
-                                         {nullptr, nullptr, "float32", "float64"}};
-    const unsigned bytes = layout.sample_bytes;
-    const unsigned size = bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : 3;
-    return names[static_cast<unsigned>(layout.kind)][size];
+std::string type_name(const Layout& layout) {
+    constexpr const char* kinds[] = {"uint", "int", "float"};
+    return kinds[static_cast<unsigned>(layout.kind)] + std::to_string(8 * layout.sample_bytes);
 }
 
 // As samples of the file compare with it: an int or a float.
@@ -90,7 +92,15 @@ py::object nodata(const Layout& layout) {
     return py::int_(bits);
 }
 
-Layout read_info(const py::object& path) {
+// A value for nodata as text, like the tag that it stands for, and whole numbers by their digits:
+// "1e+16" as an int64 is 1.
+std::string nodata_text(const py::object& value) {
+    py::object number = py::float_(value);
+    if (number.attr("is_integer")().cast<bool>()) number = py::int_(value);
+    return py::str(number).cast<std::string>();
+}
+
+Layout read_info(const py::object& path, const py::object& nodata) {
     const std::string name = path_bytes(path);
     Layout layout;
     Status status;
@@ -102,6 +112,8 @@ Layout read_info(const py::object& path) {
         if (status.ok()) status = parse(file, header, true, layout);
     }
     if (!status.ok()) raise_tile_error(name + ": " + status.message, py::none());
+    if (!layout.nodata && !nodata.is_none())
+        layout.nodata = nodata_sample(nodata_text(nodata), layout);
     return layout;
 }
 
@@ -130,8 +142,9 @@ py::array read_samples(const py::object& path, const Numbers& bands, const Numbe
         for (std::uint32_t b = 0; b < layout.bands; ++b) wanted.push_back(b);
     for (const std::int64_t band : wanted)
         if (band < 0 || band >= layout.bands)
-            throw py::index_error(name + " has " + std::to_string(layout.bands) + " bands, band " +
-                                  std::to_string(band) + " was asked for (0-based)");
+            raise_error(PyExc_IndexError, name + " has " + std::to_string(layout.bands) +
+                                              " bands, band " + std::to_string(band) +
+                                              " was asked for (0-based)");
     if (wanted.empty()) throw py::value_error("bands is empty");
     Rectangle area{0, layout.height, 0, layout.width};
     if (window) {
@@ -139,9 +152,9 @@ py::array read_samples(const py::object& path, const Numbers& bands, const Numbe
         if (w.size() != 4) throw py::value_error("window needs top, left, height, width");
         if (w[0] < 0 || w[1] < 0 || w[2] < 1 || w[3] < 1 || w[0] > layout.height - w[2] ||
             w[1] > layout.width - w[3])
-            throw py::value_error(name + " has " + std::to_string(layout.height) + " x " +
-                                  std::to_string(layout.width) +
-                                  " pixels, the window reaches outside them");
+            raise_error(PyExc_ValueError, name + " has " + std::to_string(layout.height) + " x " +
+                                              std::to_string(layout.width) +
+                                              " pixels, the window reaches outside them");
         area = {static_cast<std::uint32_t>(w[0]), static_cast<std::uint32_t>(w[0] + w[2]),
                 static_cast<std::uint32_t>(w[1]), static_cast<std::uint32_t>(w[1] + w[3])};
     }
@@ -275,11 +288,10 @@ py::array output_array(const py::object& out) {
     if (!py::isinstance<py::array>(array))
         throw py::type_error("out must be a numpy array or a CPU tensor");
     auto result = py::reinterpret_borrow<py::array>(array);
-    if (!result.dtype().is(py::dtype::of<float>()) || result.ndim() != 4 ||
+    if (!py::isinstance<py::array_t<float>>(result) || result.ndim() != 4 ||
         !result.attr("flags").attr("carray").cast<bool>())
         throw py::type_error(
-            "out must be float32, aligned, writeable and C-contiguous "
-            "[N, C, H, W], not " +
+            "out must be float32, aligned, writeable and C-contiguous [N, C, H, W], not " +
             py::str(result.dtype()).cast<std::string>() + " " + shape_of(result));
     for (int i = 1; i < 4; ++i)
         if (result.shape(i) < 1 || result.shape(i) > 65536)
@@ -287,7 +299,7 @@ py::array output_array(const py::object& out) {
     return result;
 }
 
-// `text` wants the array's dtype kinds, e.g. "iu" for integers: a float band would be rounded
+// `kinds` are the dtype kinds that will do, e.g. "iu" for integers: a float band would be rounded
 // unseen.
 py::array checked(const py::object& given, const char* name, const char* kinds) {
     py::array array = py::module_::import("numpy").attr("asarray")(given);
@@ -387,13 +399,7 @@ Request checked_request(const py::array& out, const py::sequence& paths, const p
             request.orient.push_back(static_cast<std::uint8_t>(turn.at(i)));
         }
     }
-    // As text, like the tag that it stands for, and whole numbers by their digits: "1e+16" as an
-    // int64 is 1.
-    if (!nodata.is_none()) {
-        py::object number = py::float_(nodata);
-        if (number.attr("is_integer")().cast<bool>()) number = py::int_(nodata);
-        request.nodata = py::str(number).cast<std::string>();
-    }
+    if (!nodata.is_none()) request.nodata = nodata_text(nodata);
     if (!bands_in_file.is_none()) {
         const Array<std::int64_t> count(checked(bands_in_file, "bands_in_file", "iu"));
         const bool for_each_path = count.ndim() == (request.file_per_band ? 2 : 1) &&
@@ -532,7 +538,7 @@ PYBIND11_MODULE(core, m) {
         .def_property_readonly(
             "nodata", [](const Layout& t) { return nodata(t); },
             "the sample that GDAL takes for nodata, an int or a float as the samples are; None: "
-            "the file names none that its type can hold")
+            "none is named that the file's type can hold")
         .def_readonly("epsg", &Layout::epsg, "EPSG code of the coordinate system, or None")
         .def("__repr__", [](const Layout& t) {
             return "TileInfo(" + std::to_string(t.bands) + " x " + std::to_string(t.height) +
@@ -566,8 +572,8 @@ PYBIND11_MODULE(core, m) {
              "and\n"
              "must not be touched until Ticket.wait() returns.");
 
-    m.def("info", &read_info, "path"_a,
-          "Layout of the first image of a TIFF file. Raises TileError.");
+    m.def("info", &read_info, "path"_a, "nodata"_a = py::none(),
+          "Layout of a TIFF file's first image; nodata as for Reader.fill. Raises TileError.");
     m.def("read", &read_samples, "path"_a, "bands"_a = py::none(), "window"_a = py::none(),
           "Samples as they are: [bands, height, width] in the file's dtype.\n\n"
           "bands   list of int, 0-based; None: all\n"

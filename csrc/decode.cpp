@@ -25,6 +25,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bandcrop runs on littl
 // Read at a time: whole tiles, as the kernel copies best in one piece, but never a whole scene.
 constexpr std::size_t piece_bytes = std::size_t{4} << 20;
 constexpr std::size_t largest_chunk = std::size_t{1} << 30;  // decompressed; more is refused
+
 // The most bytes that one byte of compressed data can become.
 std::uint64_t expansion(Compression how) {
     switch (how) {
@@ -214,19 +215,13 @@ template <class T>
         if (floating || nodata)
             strides(divides, std::true_type{});
         else
-            strides(divides, std::bool_constant<floating>{});
+            strides(divides, std::false_type{});
     };
     if (how.divide)
         checks(std::true_type{});
     else
         checks(std::false_type{});
     return bad;
-}
-
-template <class T>
-std::int64_t convert_portable(const Run& run, const Normalise& how, const Nodata& nodata, float* to,
-                              std::ptrdiff_t step) {
-    return convert<T>(run, how, nodata, to, step);
 }
 
 #if defined(__x86_64__)
@@ -246,7 +241,7 @@ Convert converter() {
 #if defined(__x86_64__)
     if (has_wide_vectors()) return convert_wide<T>;
 #endif
-    return convert_portable<T>;
+    return convert<T>;
 }
 
 Convert converter(const Layout& layout) {
@@ -264,17 +259,6 @@ Convert converter(const Layout& layout) {
            : bytes == 2 ? converter<std::uint16_t>()
            : bytes == 4 ? converter<std::uint32_t>()
                         : converter<std::uint64_t>();
-}
-
-// Calls `run` with an unsigned integer of that many bytes.
-template <class Run>
-void with_word(unsigned bytes, Run&& run) {
-    switch (bytes) {
-        case 1: run(std::uint8_t{}); break;
-        case 2: run(std::uint16_t{}); break;
-        case 4: run(std::uint32_t{}); break;
-        default: run(std::uint64_t{}); break;
-    }
 }
 
 template <class Word>
@@ -323,24 +307,6 @@ void accumulate_bytes(std::uint8_t* bytes, std::size_t n) {
 
 }  // namespace
 
-struct Codec::State {
-#if defined(BANDCROP_LIBDEFLATE)
-    struct Free {
-        void operator()(libdeflate_decompressor* p) const { libdeflate_free_decompressor(p); }
-    };
-    std::unique_ptr<libdeflate_decompressor, Free> deflate;
-#endif
-#if defined(BANDCROP_ZSTD)
-    struct FreeZstd {
-        void operator()(ZSTD_DCtx* p) const { ZSTD_freeDCtx(p); }
-    };
-    std::unique_ptr<ZSTD_DCtx, FreeZstd> zstd;
-#endif
-};
-
-Codec::Codec() : state_(std::make_unique<State>()) {}
-Codec::~Codec() = default;
-
 std::vector<Compression> Codec::available() {
     std::vector<Compression> list = {Compression::none, Compression::packbits, Compression::lzw};
 #if defined(BANDCROP_LIBDEFLATE) || defined(BANDCROP_ZLIB)
@@ -362,11 +328,12 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
         case Compression::lzw: return unpack_lzw(from, from_bytes, to, needed);
         case Compression::deflate: {
 #if defined(BANDCROP_LIBDEFLATE)
-            if (!state_->deflate) state_->deflate.reset(libdeflate_alloc_decompressor());
-            if (!state_->deflate) throw std::bad_alloc();
+            if (!deflate_)
+                deflate_.reset(libdeflate_alloc_decompressor(), libdeflate_free_decompressor);
+            if (!deflate_) throw std::bad_alloc();
             std::size_t made = 0;
-            const libdeflate_result result = libdeflate_zlib_decompress(
-                state_->deflate.get(), from, from_bytes, to, room, &made);
+            const libdeflate_result result =
+                libdeflate_zlib_decompress(deflate_.get(), from, from_bytes, to, room, &made);
             // There is more, of no interest. What did not fit is at most a stored block, shorter
             // than the slack: the bytes needed are there (libtiff relies on it too).
             if (result == LIBDEFLATE_INSUFFICIENT_SPACE) return {};
@@ -377,7 +344,7 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
             if (inflateInit(&stream) != Z_OK) throw std::bad_alloc();
             stream.next_in = const_cast<std::uint8_t*>(from);
             stream.next_out = to;
-            std::size_t in = from_bytes, out = needed;  // zlib counts in 32 bits
+            std::size_t in = from_bytes, out = room;  // zlib counts in 32 bits
             int result = Z_OK;
             while (result == Z_OK && out > 0) {
                 stream.avail_in = static_cast<uInt>(std::min<std::size_t>(in, UINT32_MAX));
@@ -388,9 +355,10 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
                 out -= out_before - stream.avail_out;
             }
             inflateEnd(&stream);
-            if (out == 0) return {};
-            return result == Z_DATA_ERROR ? Status::failure("DEFLATE data are damaged")
-                                          : too_short("DEFLATE", needed - out, needed);
+            // Z_OK: there is more, of no interest. The checksum stands at the stream's end.
+            if (result != Z_OK && result != Z_STREAM_END)
+                return Status::failure("DEFLATE data are damaged");
+            return out > slack ? too_short("DEFLATE", room - out, needed) : Status{};
 #else
             return Status::failure(
                 "is DEFLATE-compressed, which this build of bandcrop cannot read: "
@@ -399,9 +367,9 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
         }
         case Compression::zstd: {
 #if defined(BANDCROP_ZSTD)
-            if (!state_->zstd) state_->zstd.reset(ZSTD_createDCtx());
-            if (!state_->zstd) throw std::bad_alloc();
-            ZSTD_DCtx* const context = state_->zstd.get();
+            if (!zstd_) zstd_.reset(ZSTD_createDCtx(), ZSTD_freeDCtx);
+            if (!zstd_) throw std::bad_alloc();
+            ZSTD_DCtx* const context = zstd_.get();
             std::size_t made = 0;
             bool more = declared > room;
             if (!more) {
@@ -432,8 +400,8 @@ Status Codec::decompress(Compression how, const std::uint8_t* from, std::size_t 
 }
 
 // Where the needed part of one chunk lies, checked against the file.
-Status Region::place(const Source& source, std::uint64_t down, std::uint64_t offset,
-                     std::uint64_t length, Chunk& chunk) const {
+Status Region::locate(const Source& source, std::uint64_t down, std::uint64_t offset,
+                      std::uint64_t length, Chunk& chunk) const {
     const std::uint64_t chunk_top = down * layout_.chunk_height, row_bytes = layout_.row_bytes();
     const std::uint64_t skip = std::max<std::uint64_t>(area_.top, chunk_top) - chunk_top;
     const std::uint64_t rows =
@@ -516,7 +484,7 @@ Status Region::plan_chunks(Source& source, Header& header) {
                     ++down;
                 }
                 Chunk& chunk = chunks_.emplace_back();
-                if (Status status = place(source, down, offsets[i], lengths[i], chunk);
+                if (Status status = locate(source, down, offsets[i], lengths[i], chunk);
                     !status.ok())
                     return status;
                 chunk.at = static_cast<std::size_t>(raw_bytes);
@@ -569,18 +537,18 @@ Status Region::plan(Source& source, Header& header, const Layout& layout, const 
     if (static_cast<double>(count) * rows * (row_bytes + 32 * across) > allowed(source.size()))
         return too_much(source.size());
     planes_.clear();
-    place_.clear();
+    sample_of_slot_.clear();
     loaded_.clear();
-    slot_of_plane_.assign(layout.separate ? layout.bands : 1, SIZE_MAX);
+    loaded_at_.assign(layout.separate ? layout.bands : 1, SIZE_MAX);
     for (std::size_t i = 0; i < count; ++i) {
         const std::int64_t plane = layout.separate ? bands[i] : 0;
-        std::size_t& at = slot_of_plane_[static_cast<std::size_t>(plane)];
+        std::size_t& at = loaded_at_[static_cast<std::size_t>(plane)];
         if (at == SIZE_MAX) {
             at = loaded_.size();
             loaded_.push_back(plane);
         }
         planes_.push_back(at);
-        place_.push_back(layout.separate ? 0 : static_cast<std::uint32_t>(bands[i]));
+        sample_of_slot_.push_back(layout.separate ? 0 : static_cast<std::uint32_t>(bands[i]));
     }
     held_.assign(loaded_.size(), UINT64_MAX);
     return plan_chunks(source, header);
@@ -631,63 +599,36 @@ Status Region::decompress(std::size_t plane, std::uint64_t down) {
     return {};
 }
 
-Region::Segment Region::segment(std::size_t plane, std::uint64_t down, std::uint64_t across,
-                                std::uint32_t y) {
-    const Chunk& chunk = chunks_[(plane * down_ + down - first_down_) * across_ + across];
-    const std::uint64_t left = (first_across_ + across) * layout_.chunk_width;
-    const std::uint64_t from = std::max<std::uint64_t>(area_.left, left) - left;
-    const std::uint64_t to = std::min<std::uint64_t>(area_.right - left, layout_.chunk_width);
-    const std::uint64_t top = down * layout_.chunk_height;
-    const std::uint8_t* row = nullptr;
-    if (flat_)
-        row = raw_.data() + (plane * piece_ + y - held_[plane]) * layout_.row_bytes();
-    else if (chunk.length != 0)
-        row = layout_.compression == Compression::none
-                  ? raw_.data() + chunk.at +
-                        (y - std::max<std::uint64_t>(area_.top, top)) * layout_.row_bytes()
-                  : pixels_.data() + chunk.pixels_at + (y - top) * layout_.row_bytes();
-    return {row, static_cast<std::uint32_t>(from), static_cast<std::uint32_t>(to - from)};
-}
-
-bool Region::direct() const {
-    return layout_.predictor == 1 && (!layout_.big_endian || layout_.sample_bytes == 1);
-}
-
-// The samples of one segment side by side, with predictor and byte order undone.
-const std::uint8_t* Region::line(std::size_t slot, const Segment& part) {
+// `count` samples of a chunk's row from column `left` on, with predictor and byte order undone.
+const std::uint8_t* Region::line(std::size_t slot, const std::uint8_t* row, std::size_t left,
+                                 std::size_t count) {
     const unsigned size = layout_.sample_bytes, pixel = layout_.pixel_samples();
-    const std::uint32_t place = place_[slot];
-    const std::size_t count = part.count;
+    const std::uint32_t sample = sample_of_slot_[slot];
     if (layout_.predictor == 3) {
         // Bytes of the row's samples, most significant ones first, as differences to the byte one
         // pixel before: every `pixel`-th byte belongs to this band.
         const std::size_t width = layout_.chunk_width;
         std::uint8_t* bytes = bytes_.reserve(width * size);
-        gather<std::uint8_t>(part.row + place, pixel, width * size, bytes);
+        gather<std::uint8_t>(row + sample, pixel, width * size, bytes);
         accumulate_bytes(bytes, width * size);
         std::uint8_t* to = line_.reserve(count * size);
-        const auto join = [&](auto word) {
+        with_word(size, [&](auto word) {
             for (std::size_t i = 0; i < count; ++i) {
                 word = 0;
                 for (std::size_t b = 0; b < sizeof(word); ++b)
-                    word = word << 8 | bytes[b * width + part.first + i];
+                    word = static_cast<decltype(word)>(word << 8 | bytes[b * width + left + i]);
                 std::memcpy(to + i * sizeof(word), &word, sizeof(word));
             }
-        };
-        if (size == 4)
-            join(std::uint32_t{});
-        else
-            join(std::uint64_t{});
+        });
         return to;
     }
     // Differences add up from the chunk's first column.
-    const std::uint32_t first = layout_.predictor == 2 ? 0 : part.first;
-    const std::size_t lead = part.first - first, n = lead + count;
+    const std::size_t first = layout_.predictor == 2 ? 0 : left;
+    const std::size_t lead = left - first, n = lead + count;
     std::uint8_t* to = line_.reserve(n * size);
     with_word(size, [&](auto word) {
         using Word = decltype(word);
-        gather<Word>(part.row + (std::size_t{first} * pixel + place) * size,
-                     std::size_t{pixel} * size, n, to);
+        gather<Word>(row + (first * pixel + sample) * size, std::size_t{pixel} * size, n, to);
         if (layout_.big_endian)
             for (std::size_t i = 0; i < n; ++i) {
                 const Word value = swapped(load<Word>(to + i * sizeof(Word)));
@@ -717,28 +658,43 @@ std::uint32_t Region::rows_at_hand(std::uint32_t y) const {
 // written is nodata or, without such a value, 0.
 template <class Take>
 Status Region::each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, Take&& take) {
-    const std::uint64_t down = y / layout_.chunk_height;
-    const std::size_t size = layout_.sample_bytes, pixel = layout_.pixel_samples() * size;
+    const std::uint64_t down = y / layout_.chunk_height, chunk_top = down * layout_.chunk_height;
     const auto row_bytes = static_cast<std::size_t>(layout_.row_bytes());
-    if (Status status = flat_ ? fetch(planes_[slot], y) : decompress(planes_[slot], down);
-        !status.ok())
+    const std::size_t plane = planes_[slot];
+    const std::size_t size = layout_.sample_bytes, pixel = layout_.pixel_samples() * size;
+    if (Status status = flat_ ? fetch(plane, y) : decompress(plane, down); !status.ok())
         return status;
     const std::uint64_t absent = layout_.nodata.value_or(0);
+    const bool as_they_are = layout_.predictor == 1 && (!layout_.big_endian || size == 1);
     std::size_t column = 0;
     for (std::uint64_t i = 0; i < across_; ++i) {
-        Segment part = segment(planes_[slot], down, i, y);
-        if (part.row == nullptr) {
-            take(Run{reinterpret_cast<const std::uint8_t*>(&absent), 0, part.count, 0, rows},
-                 column, 0);
-        } else if (direct()) {
-            take(Run{part.row + part.first * pixel + place_[slot] * size, pixel, part.count,
-                     row_bytes, rows},
-                 column, 0);
-        } else {
-            for (std::uint32_t r = 0; r < rows; ++r, part.row += row_bytes)
-                take(Run{line(slot, part), size, part.count, 0, 1}, column, r);
+        const Chunk& chunk = chunks_[(plane * down_ + down - first_down_) * across_ + i];
+        const std::uint64_t edge = (first_across_ + i) * layout_.chunk_width;
+        const std::uint64_t end = std::min<std::uint64_t>(area_.right - edge, layout_.chunk_width);
+        const auto left =
+            static_cast<std::size_t>(std::max<std::uint64_t>(area_.left, edge) - edge);
+        const auto count = static_cast<std::size_t>(end) - left;
+        const std::size_t from = column;
+        column += count;
+        if (chunk.length == 0) {
+            take(Run{reinterpret_cast<const std::uint8_t*>(&absent), 0, count, 0, rows}, from, 0);
+            continue;
         }
-        column += part.count;
+        const std::uint8_t* row;  // of the chunk
+        if (flat_)
+            row = raw_.data() + (plane * piece_ + y - held_[plane]) * row_bytes;
+        else if (layout_.compression == Compression::none)
+            row = raw_.data() + chunk.at +
+                  (y - std::max<std::uint64_t>(area_.top, chunk_top)) * row_bytes;
+        else
+            row = pixels_.data() + chunk.pixels_at + (y - chunk_top) * row_bytes;
+        if (as_they_are) {
+            row += left * pixel + sample_of_slot_[slot] * size;
+            take(Run{row, pixel, count, row_bytes, rows}, from, 0);
+            continue;
+        }
+        for (std::uint32_t r = 0; r < rows; ++r, row += row_bytes)
+            take(Run{line(slot, row, left, count), size, count, 0, 1}, from, r);
     }
     return {};
 }

@@ -21,10 +21,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "tiff.h"
+
+// The libraries' own; their headers may be missing.
+struct libdeflate_decompressor;
+struct ZSTD_DCtx_s;
 
 namespace bandcrop {
 
@@ -43,8 +46,6 @@ struct Rectangle {
 // Decompressors and their state; made when first needed.
 class Codec {
   public:
-    Codec();
-    ~Codec();
     // Fills `to` with the first `needed` bytes of what `from` becomes, `declared` ones if the file
     // is right. Fewer than `needed` are a failure, more do not matter. `to` has room for `slack`
     // more, which may be written too.
@@ -54,8 +55,9 @@ class Codec {
     static std::vector<Compression> available();
 
   private:
-    struct State;
-    std::unique_ptr<State> state_;
+    // Not unique_ptr, which would have to know here how they are freed.
+    std::shared_ptr<libdeflate_decompressor> deflate_;
+    std::shared_ptr<ZSTD_DCtx_s> zstd_;
 };
 
 // The pixels of a rectangle of some bands of one image, row by row.
@@ -91,28 +93,22 @@ class Region {
         std::size_t needed;            // decompressed bytes to the last row needed
         std::size_t pixels_at;         // of its first decompressed byte in pixels_
     };
-    // A row's samples within one chunk.
-    struct Segment {
-        const std::uint8_t* row;  // of the chunk; null if the chunk was never written
-        std::uint32_t first, count;
-    };
     Status plan_chunks(Source& source, Header& header);
-    Status place(const Source& source, std::uint64_t down, std::uint64_t offset,
-                 std::uint64_t length, Chunk& chunk) const;
+    Status locate(const Source& source, std::uint64_t down, std::uint64_t offset,
+                  std::uint64_t length, Chunk& chunk) const;
     Status fetch(std::size_t plane, std::uint32_t y);
     Status decompress(std::size_t plane, std::uint64_t down);
-    Segment segment(std::size_t plane, std::uint64_t down, std::uint64_t across, std::uint32_t y);
-    bool direct() const;  // samples can be taken from a row as they are
-    const std::uint8_t* line(std::size_t slot, const Segment& part);
+    const std::uint8_t* line(std::size_t slot, const std::uint8_t* row, std::size_t left,
+                             std::size_t count);
     template <class Take>
     Status each_run(std::size_t slot, std::uint32_t y, std::uint32_t rows, Take&& take);
 
     Layout layout_;
     Rectangle area_{};
-    std::vector<std::size_t> planes_;         // of each slot, among the planes loaded
-    std::vector<std::uint32_t> place_;        // of each slot, within a pixel
-    std::vector<std::int64_t> loaded_;        // the plane in the file of each plane loaded
-    std::vector<std::size_t> slot_of_plane_;  // the other way round; SIZE_MAX: not loaded
+    std::vector<std::size_t> planes_;            // of each slot, in loaded_
+    std::vector<std::uint32_t> sample_of_slot_;  // where in a pixel
+    std::vector<std::int64_t> loaded_;           // the planes of the file that are loaded
+    std::vector<std::size_t> loaded_at_;         // of each plane, in loaded_; or SIZE_MAX
     std::uint64_t first_across_ = 0, across_ = 0, first_down_ = 0, down_ = 0;
     std::vector<Chunk> chunks_;  // [plane][down][across]
     bool flat_ = false;          // each plane is one range of rows, read piece by piece

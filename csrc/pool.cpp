@@ -3,8 +3,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cmath>
-#include <new>
 
 namespace bandcrop {
 

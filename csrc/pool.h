@@ -68,8 +68,8 @@ struct Job {
 struct Batch {
     explicit Batch(Request what);
     const Request request;
-    std::vector<std::int64_t>
-        replaced;  // of each sample: samples of the files that became the mean
+    // Of each sample: samples of the files that became the mean.
+    std::vector<std::int64_t> replaced;
     struct Error {
         std::string message;  // empty: the sample is filled
         std::size_t path;     // in request.paths: the file at fault
@@ -81,8 +81,8 @@ struct Batch {
     friend class Pool;
     // All guarded by the pool's mutex.
     std::size_t next_ = 0, running_ = 0, done_ = 0, first_failed_ = SIZE_MAX;
-    std::vector<Job>
-        again_;  // samples whose bytes are on their way from the disk; has room for all
+    // Samples whose bytes are on their way from the disk; has room for all.
+    std::vector<Job> again_;
     bool cancelled_ = false;
 };
 

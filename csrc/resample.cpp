@@ -12,8 +12,8 @@ namespace {
 typedef float Lanes __attribute__((vector_size(32)));  // 8 floats
 typedef float UnalignedLanes __attribute__((vector_size(32), aligned(4), may_alias));
 
-[[gnu::always_inline]] inline void load(const float* from, Lanes& lanes) {
-    lanes = *reinterpret_cast<const UnalignedLanes*>(from);
+[[gnu::always_inline]] inline Lanes load(const float* from) {
+    return *reinterpret_cast<const UnalignedLanes*>(from);
 }
 [[gnu::always_inline]] inline void store(const Lanes& lanes, float* to) {
     *reinterpret_cast<UnalignedLanes*>(to) = lanes;
@@ -57,11 +57,7 @@ template <std::size_t taps_known>
         r[i] = Lanes{};
     }
     for (std::size_t k = 0; k < taps; ++k)
-        for (int i = 0; i < 8; ++i) {
-            Lanes value;
-            load(in[i] + k * 8, value);
-            r[i] += value * weight[i][k];
-        }
+        for (int i = 0; i < 8; ++i) r[i] += load(in[i] + k * 8) * weight[i][k];
 }
 
 // Resamples 8 rows across: lines [8][line_stride] -> out [8][out_stride], outputs rounded up to a
@@ -72,7 +68,7 @@ template <std::size_t taps_known>
     const std::size_t inputs = axis.high - axis.low;
     for (std::size_t x = 0; x < inputs; x += 8) {
         Lanes r[8];
-        for (std::size_t i = 0; i < 8; ++i) load(lines + i * line_stride + x, r[i]);
+        for (std::size_t i = 0; i < 8; ++i) r[i] = load(lines + i * line_stride + x);
         transpose8(r);
         for (std::size_t i = 0; i < 8; ++i) store(r[i], turned + (x + i) * 8);
     }
@@ -99,20 +95,15 @@ template <std::size_t taps_known>
                                             std::size_t width, float* out) {
     std::size_t x = 0;
     for (; x + 64 <= width; x += 64) {
-        Lanes sum[8] = {}, value;
+        Lanes sum[8] = {};
         for (std::size_t k = 0; k < taps; ++k)
-            for (std::size_t j = 0; j < 8; ++j) {
-                load(rows + k * stride + x + 8 * j, value);
-                sum[j] += value * weight[k];
-            }
+            for (std::size_t j = 0; j < 8; ++j)
+                sum[j] += load(rows + k * stride + x + 8 * j) * weight[k];
         for (std::size_t j = 0; j < 8; ++j) store(sum[j], out + x + 8 * j);
     }
     for (; x < width; x += 8) {  // the rows are padded to 8, the output is not
-        Lanes sum{}, value;
-        for (std::size_t k = 0; k < taps; ++k) {
-            load(rows + k * stride + x, value);
-            sum += value * weight[k];
-        }
+        Lanes sum{};
+        for (std::size_t k = 0; k < taps; ++k) sum += load(rows + k * stride + x) * weight[k];
         std::memcpy(out + x, &sum, std::min<std::size_t>(8, width - x) * sizeof(float));
     }
 }
@@ -124,7 +115,7 @@ template <std::size_t taps_known>
         std::size_t x = 0;
         for (; x + 8 <= width; x += 8) {
             Lanes r[8];
-            for (std::size_t i = 0; i < 8; ++i) load(from + (y + i) * width + x, r[i]);
+            for (std::size_t i = 0; i < 8; ++i) r[i] = load(from + (y + i) * width + x);
             transpose8(r);
             for (std::size_t i = 0; i < 8; ++i) store(r[i], to + (x + i) * height + y);
         }
@@ -141,18 +132,6 @@ struct Kernels {
     decltype(&down_row) down;
     decltype(&transpose) turn;
 };
-
-void across_portable(const float* lines, std::size_t line_stride, const Axis& axis, bool flips,
-                     float* turned, float* out, std::size_t out_stride) {
-    across8(lines, line_stride, axis, flips, turned, out, out_stride);
-}
-void down_portable(const float* rows, std::size_t stride, const float* weight, std::size_t taps,
-                   std::size_t width, float* out) {
-    down_row(rows, stride, weight, taps, width, out);
-}
-void turn_portable(const float* from, std::size_t height, std::size_t width, float* to) {
-    transpose(from, height, width, to);
-}
 
 #if defined(__x86_64__)
 [[gnu::target("avx2,fma")]] void across_wide(const float* lines, std::size_t line_stride,
@@ -175,7 +154,7 @@ Kernels kernels() {
 #if defined(__x86_64__)
     if (has_wide_vectors()) return {across_wide, down_wide, turn_wide};
 #endif
-    return {across_portable, down_portable, turn_portable};
+    return {across8, down_row, transpose};
 }
 
 std::size_t padded(std::size_t count) {

@@ -13,9 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <system_error>
-#include <type_traits>
 
 namespace bandcrop {
 namespace {
@@ -93,13 +91,11 @@ constexpr struct Wanted {
               {Tag::geo_key_directory, "GeoKeyDirectory"},
               {Tag::gdal_nodata, "GDAL_NODATA"}};
 
-// Where `tag` stands among those wanted, in the order of their numbers; the end if it does not.
+// Where `tag` stands among those wanted; the end if it does not.
 std::size_t place(Tag tag) {
-    const Wanted* at =
-        std::lower_bound(std::begin(wanted), std::end(wanted), tag,
-                         [](const Wanted& one, Tag other) { return one.tag < other; });
-    return static_cast<std::size_t>(
-        (at != std::end(wanted) && at->tag == tag ? at : std::end(wanted)) - std::begin(wanted));
+    std::size_t at = 0;
+    while (at < std::size(wanted) && wanted[at].tag != tag) ++at;
+    return at;
 }
 
 Status bad_tag(Tag tag, const std::string& what) {
@@ -248,7 +244,7 @@ struct Directory {
         to = number(bytes, each, big_endian);
         for (std::uint64_t i = 1; i < count; ++i)
             if (number(bytes + i * each, each, big_endian) != to)
-                return bad_tag(tag, "differs between bands, which is not supported");
+                return bad_tag(tag, "holds different values, which is not supported");
         return {};
     }
 
@@ -289,9 +285,9 @@ struct Directory {
         std::optional<int> projected_code, geographic_code;
         for (std::uint64_t i = 4; i + 4 <= count; i += 4) {
             const auto key = number(bytes + 2 * i, 2, big_endian);
-            const auto place = number(bytes + 2 * i + 2, 2, big_endian);
+            const auto location = number(bytes + 2 * i + 2, 2, big_endian);
             const auto code = static_cast<int>(number(bytes + 2 * i + 6, 2, big_endian));
-            const bool known = place == 0 && code != 0 && code != 32767;  // 32767: user-defined
+            const bool known = location == 0 && code != 0 && code != 32767;  // 32767: user-defined
             // GTModelType 1 and ProjectedCSType: then GeographicType is only what it is based on.
             if ((key == 1024 && code == 1) || key == 3072) projected = true;
             if (key == 3072 && known) projected_code = code;
@@ -324,24 +320,6 @@ Status count_pages(Directory& first, std::uint64_t first_at, const Layout& layou
         if (width == layout.width && height == layout.height && bands == 1 && !is_mask) ++pages;
         end = page.end;
     }
-    return {};
-}
-
-Status sample_type(std::uint64_t bits, std::uint64_t format, Layout& layout) {
-    if (bits != 8 && bits != 16 && bits != 32 && bits != 64)
-        return bad_tag(Tag::bits_per_sample,
-                       "is " + std::to_string(bits) + ", which is not supported");
-    if (format < 1 || format > 3)
-        return bad_tag(Tag::sample_format,
-                       "is " + std::to_string(format) + ", which is not supported");
-    if (format == 3 && bits < 32)
-        return bad_tag(Tag::bits_per_sample, "is " + std::to_string(bits) + " with SampleFormat " +
-                                                 std::to_string(format) +
-                                                 ", which is not supported");
-    layout.kind = format == 1   ? Kind::unsigned_integer
-                  : format == 2 ? Kind::signed_integer
-                                : Kind::floating;
-    layout.sample_bytes = static_cast<unsigned>(bits / 8);
     return {};
 }
 
@@ -480,21 +458,21 @@ Status parse(Source& source, Header& header, bool georeference, Layout& layout) 
             return odd(Tag::photometric, photometric, ", YCbCr with subsampling: save it as RGB");
     }
     if (compression == 32946) compression = 8;  // DEFLATE's older number
-    switch (compression) {
-        case 1:
-        case 5:
-        case 8:
-        case 32773:
-        case 50000: break;
-        default: return odd(Tag::compression, compression, unsupported);
-    }
-    layout.compression = static_cast<Compression>(compression);
     // Predictors belong to LZW, DEFLATE and ZSTD; elsewhere the tag means nothing.
     const bool predicts = compression == 5 || compression == 8 || compression == 50000;
+    if (!predicts && compression != 1 && compression != 32773)
+        return odd(Tag::compression, compression, unsupported);
+    layout.compression = static_cast<Compression>(compression);
     layout.predictor = predicts ? static_cast<unsigned>(predictor) : 1;
     if (predicts && (predictor < 1 || predictor > 3))
         return odd(Tag::predictor, predictor, unsupported);
-    if (Status status = sample_type(bits, format, layout); !status.ok()) return status;
+    if (bits != 8 && bits != 16 && bits != 32 && bits != 64)
+        return odd(Tag::bits_per_sample, bits, unsupported);
+    if (format < 1 || format > 3) return odd(Tag::sample_format, format, unsupported);
+    if (format == 3 && bits < 32)
+        return odd(Tag::bits_per_sample, bits, " with SampleFormat 3, which is not supported");
+    layout.kind = static_cast<Kind>(format - 1);
+    layout.sample_bytes = static_cast<unsigned>(bits / 8);
     if (layout.predictor == 3 && layout.kind != Kind::floating)
         return odd(Tag::predictor, 3, ", which needs floating point samples");
 
@@ -560,16 +538,10 @@ Status entries(Source& source, Header& header, const Layout& layout, const TagAr
         !status.ok())
         return status;
     // A size known to the compiler makes `number` one load.
-    const auto widen = [&](auto size) {
+    with_word(each, [&](auto word) {
         for (std::uint64_t i = 0; i < count; ++i)
-            to[i] = number(bytes + i * size, size, layout.big_endian);
-    };
-    switch (each) {
-        case 1: widen(std::integral_constant<unsigned, 1>{}); break;
-        case 2: widen(std::integral_constant<unsigned, 2>{}); break;
-        case 4: widen(std::integral_constant<unsigned, 4>{}); break;
-        default: widen(std::integral_constant<unsigned, 8>{}); break;
-    }
+            to[i] = number(bytes + i * sizeof word, sizeof word, layout.big_endian);
+    });
     return {};
 }
 

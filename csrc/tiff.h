@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -46,7 +47,6 @@ class Buffer {
         return memory_.get();
     }
     T* data() { return memory_.get(); }
-    const T* data() const { return memory_.get(); }
 
   private:
     struct Release {
@@ -77,14 +77,15 @@ class File final : public Source {
     ~File() override;
     Status open(const char* path);  // once; a FIFO, folder or device is refused, not waited for
     Status read(std::uint64_t offset, void* to, std::size_t count) override;
-    void will_need(std::uint64_t offset,
-                   std::uint64_t count) const;  // asks the kernel to read ahead
+    // Asks the kernel to read ahead.
+    void will_need(std::uint64_t offset, std::uint64_t count) const;
     bool cached_only = false;  // read() answers not_cached instead of waiting for the disk
 
   private:
     int descriptor_ = -1;
 };
 
+// In the order of SampleFormat's numbers.
 enum class Kind : std::uint8_t { unsigned_integer, signed_integer, floating };
 
 enum class Compression : std::uint16_t {
@@ -119,9 +120,8 @@ struct Layout {
     std::optional<std::uint64_t> nodata;  // the bits of such a sample; signed ones sign-extended
     std::optional<int> epsg;
 
-    unsigned pixel_samples() const {
-        return separate ? 1 : bands;
-    }  // samples of a pixel in a chunk
+    // Samples of a pixel in a chunk.
+    unsigned pixel_samples() const { return separate ? 1 : bands; }
     std::uint64_t row_bytes() const {
         return std::uint64_t{chunk_width} * pixel_samples() * sample_bytes;
     }
@@ -158,6 +158,17 @@ Status entries(Source& source, Header& header, const Layout& layout, const TagAr
 
 // The bits of a file's sample that GDAL takes for nodata by this text (tag 42113), if it holds one.
 std::optional<std::uint64_t> nodata_sample(const std::string& text, const Layout& layout);
+
+// Calls `run` with an unsigned integer of that many bytes.
+template <class Run>
+void with_word(unsigned bytes, Run&& run) {
+    switch (bytes) {
+        case 1: run(std::uint8_t{}); break;
+        case 2: run(std::uint16_t{}); break;
+        case 4: run(std::uint32_t{}); break;
+        default: run(std::uint64_t{}); break;
+    }
+}
 
 const char* compression_name(Compression compression);
 

@@ -271,11 +271,12 @@ def test_loops_of_directories_are_never_entered(tmp_path):
     "words, changes",
     [
         (r"tag 256 .* is 0", {"t256": (4, [0])}),
+        (r"tag 256 .* holds different values", {"t256": (4, [16, 17])}),
         (r"tag 256 .* is 4294967295", {"t256": (4, [2**32 - 1])}),
         (r"tag 257 .* is 2147483648", {"t257": (4, [2**31])}),
         (r"tag 257 .* is 18446744073709551615", {"t257": (16, [2**64 - 1])}),
         (r"tag 258 .* is 12", {"t258": (3, [12])}),
-        (r"tag 258 .* differs", {"t258": (3, [8, 8, 16]), "t277": (3, [3])}),
+        (r"tag 258 .* holds different values", {"t258": (3, [8, 8, 16]), "t277": (3, [3])}),
         (r"tag 258 .* past the end", {"t258": (3, [8, 8, 8], 2**30), "t277": (3, [3])}),
         (r"tag 259 .* is 34712", {"t259": (3, [34712])}),
         (r"tag 266 .* is 2", {"t266": (3, [2])}),
@@ -458,6 +459,10 @@ def test_a_name_that_is_not_utf8_is_read_or_named(tmp_path):
     assert report.errors[0][1].startswith(name)
     Path(name).write_bytes(tiff(plain(), PIXELS))
     assert bandcrop.read(name).tobytes() == PIXELS
+    for wrong, error in (([9], None), IndexError), ((None, [0, 0, 17, 1]), ValueError):
+        with pytest.raises(error) as caught:
+            bandcrop.read(name, *wrong)
+        assert str(caught.value).startswith(f"{name} has ")
 
 
 # --- limits of the machine: in processes of their own ------------------------------------------

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -317,6 +318,19 @@ def test_nodata_can_be_named_for_files_without_a_tag(tmp_path):
     assert np.isclose(mean[0], array.mean())
 
 
+@pytest.mark.parametrize(
+    "dtype, absent, nodata", [("f4", -LARGEST, -3.402823e38), ("u1", 10, 10.5), ("u1", 255, -1)]
+)
+def test_statistics_take_for_nodata_what_fill_does(tmp_path, dtype, absent, nodata):
+    array = np.array([[[absent, 1, 7, 7]]], dtype)
+    path = write(tmp_path / "tile.tif", array)
+    out = np.empty((1, 1, 1, 4), np.float32)
+    gone = bandcrop.Reader(1).fill(out, [path], [[0]], nodata=nodata).replaced[0]
+    assert gone == (nodata != -1)  # that is no byte
+    mean, _ = bandcrop.statistics([path], [[0]], nodata=nodata)
+    assert mean[0] == array[0, 0, gone:].astype(float).mean()
+
+
 def test_statistics_leave_out_files_with_too_few_bands(tmp_path):
     paths = [write(tmp_path / f"{n}.tif", image((n, 8, 8), "u2")) for n in (3, 1)]
     with pytest.raises(bandcrop.TileError, match="1.tif"):
@@ -476,8 +490,12 @@ def test_wrong_arguments_are_refused(tmp_path):
     good = {"out": np.zeros((1, 1, 8, 8), np.float32), "paths": [path], "bands": [[0]]}
     read_only = np.zeros((1, 1, 8, 8), np.float32)
     read_only.flags.writeable = False
+    copied = pickle.loads(pickle.dumps(good["out"]))  # float32, by a dtype object of its own
+    bandcrop.Reader(1).fill(**{**good, "out": copied})
+    assert copied.any()
     for error, change in [
         (TypeError, {"out": np.zeros((1, 1, 8, 8))}),
+        (TypeError, {"out": np.zeros((1, 1, 8, 8), ">f4")}),
         (TypeError, {"out": np.zeros((1, 1, 8, 16), np.float32)[..., ::2]}),
         (TypeError, {"out": read_only}),
         (TypeError, {"out": np.frombuffer(bytearray(257), "f4", 64, 1).reshape(1, 1, 8, 8)}),

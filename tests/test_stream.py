@@ -329,6 +329,8 @@ def test_statistics_refuse_or_leave_out_a_file_of_other_bands(tiles, tmp_path):
     assert caught.value.index == 1
     left = bandcrop.statistics([tiles[4], odd], [[0], [0]], bands_in_file=1, bad="report")
     assert np.array(left).tolist() == [[5], [0]]
+    with pytest.raises(bandcrop.TileError):
+        bandcrop.statistics([odd], [[0]], bands_in_file=1, bad="reports")
 
 
 # --- Python's end, other interpreters -----------------------------------------------------------
@@ -381,6 +383,7 @@ def test_a_table_is_what_csv_makes_of_it_with_the_lines_of_its_rows(tmp_path):
 @pytest.mark.parametrize("text, line", [
     (b"", 1), (b"s1;s2\na;b\n", 1), (b"s1,s2,s2\n", 1), (b"s1,s2\n", 2), (b"s1,s2\na\n", 2),
     (b"s1,s2\na,b\na,b,c\n", 3), (b's1,s2\na,"b\nc,d\n', 2), (b"\xff\xfe", 1),
+    (b"s1,s2\r\na,b\r\n\r\n\xe9,b\r\n", 4),
 ])  # fmt: skip
 def test_what_is_no_table_is_an_error_with_its_line(text, line, tmp_path):
     (tmp_path / "t.csv").write_bytes(text)

@@ -93,7 +93,10 @@ class Reader:
         nodata: float | None = None,  # of files without such a tag
     ) -> Ticket: ...
 
-def info(path: _Path) -> TileInfo: ...
+def info(
+    path: _Path,
+    nodata: float | None = None,  # of files without such a tag
+) -> TileInfo: ...
 def read(
     path: _Path,
     bands: Sequence[int] | None = None,

@@ -122,20 +122,19 @@ def statistics(
         for path, channels in groupby(range(len(row)), row.__getitem__):
             at = list(channels)
             try:
-                tile = info(path)
+                tile = info(path, nodata)
                 most = chosen[index, at].max() + 1
                 if tile.bands < most or expected[index, at[0]] not in (0, tile.bands):
                     wanted = expected[index, at[0]] or f"{most} or more"
                     raise TileError(f"{path}: has {tile.bands} bands, not {wanted}")
                 values = read(path, chosen[index, at].tolist())
             except TileError as error:
-                if bad == "raise":
+                if bad != "report":
                     error.index = index
                     raise
                 continue
-            absent = nodata if tile.nodata is None else tile.nodata
             for c, x in zip(at, values, strict=True):
-                good = x[np.isfinite(x) & (x != absent)].astype(np.float64)
+                good = x[np.isfinite(x) & (x != tile.nodata)].astype(np.float64)
                 moments[:, c] += good.size, good.sum(), np.square(good).sum()
     count, total, square = moments
     mean = total / np.maximum(count, 1)

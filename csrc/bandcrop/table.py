@@ -16,9 +16,9 @@ def read_table(path: str | Path, columns: Iterable[str]) -> list[dict[str, Any]]
     """
     header: list[str] = []
     rows: list[dict[str, Any]] = []
-    number = 1
     try:
-        for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+        for number, coded in enumerate((Path(path).read_bytes() + b"\n").splitlines(), 1):
+            line = coded.decode("utf-8-sig")
             # each line alone, so that a stray quote ends, and is found, on its own
             values = next(csv.reader([line], strict=True, skipinitialspace=True), [])
             if not header:
