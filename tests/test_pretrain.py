@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import io
 import itertools
 import json
 import math
@@ -24,6 +23,7 @@ import pytest
 import scipy.stats
 import torch
 import torchvision
+from conftest import in_process
 from safetensors import safe_open
 from safetensors.torch import load_file
 from synthetic import write_sen12ms
@@ -64,19 +64,8 @@ def here(*arguments: object) -> tuple[int, str, str]:
     if "--arch" not in arguments and pretrain.make_encoder is RESNET:
         with mock.patch.object(pretrain, "make_encoder", small_encoder):
             return here(*arguments)
-    before, kept = sys.argv, {n: signal.getsignal(n) for n in (1, 2, 15)}
-    sys.argv = ["pretrain.py", *map(str, arguments)]
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = pretrain.run()
-    except SystemExit as leave:
-        status = leave.code
-    finally:
-        sys.argv = before
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-    return status, out.getvalue(), err.getvalue()
+    done = in_process(pretrain.run, "pretrain.py", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def refused(status: int, *arguments: object) -> str:
@@ -393,6 +382,7 @@ def test_each_variant_draws_the_paper_s_bands(mode, views):
     bands = list(pretrain.BANDS) if views == "ms-sar" else MS
     args = flags("--views", views)
     args.mode = mode
+    assert [*pretrain.find_bands(args)] == bands
     a, b = pretrain.plan_epoch(0, 4000, bands, args).bands.transpose(1, 0, 2)
     name = np.array(bands)
     first, second = [set(row) for row in name[a]], [set(row) for row in name[b]]
@@ -401,6 +391,7 @@ def test_each_variant_draws_the_paper_s_bands(mode, views):
         assert (name[a] == ["Red", "Green", "Blue"]).all()
         assert all(len(s) == 3 and not s & rgb for s in second)
         assert all(len(s & sar) == (views == "ms-sar") for s in second)
+        assert all(len(set(column)) > 2 for column in b.T)  # in a random order
     else:
         assert all(len(s) == pretrain.CHANNELS[mode] and not s & sar for s in first)
         assert set().union(*first) == set(MS)
@@ -509,6 +500,9 @@ def test_a_run_leaves_what_its_docstring_promises(finished):
     assert config["settings"]["momentum"] == 0.9 and config["precision"] == "fp32"
     assert [line["step"] for line in log_of(finished)] == [2, 3, 5, 6, 8, 9, 11, 12]
     assert [line["step"] for line in log_of(finished) if "match" in line] == [12]
+    args = flags(*REST)
+    for line in log_of(finished):
+        assert line["lr"] == pretrain.learning_rate(line["step"] - 1, 3, args)
     assert (finished / "views.png").stat().st_size > 1000
     kept = sorted(path.name for path in finished.glob("encoder-epoch*"))
     assert kept == ["encoder-epoch0001.safetensors", "encoder-epoch0003.safetensors"]
@@ -763,11 +757,6 @@ def test_a_run_that_was_made_longer_stays_so(copy_of):
     assert json.loads((copy_of / "config.json").read_text())["settings"]["epochs"] == 6
 
 
-def test_a_schedule_that_would_rise_is_refused(archive, tmp_path):
-    common = ["--mode", "single", "--root", archive, *SMALL, "--out", tmp_path / "none"]
-    assert "below --lr-min 0.002" in refused(2, *common, "--lr", 0.001)
-
-
 def test_a_checkpoint_without_its_config_is_refused(copy_of, archive):
     (copy_of / "config.json").unlink()
     for more in ([], ["--resume"]):
@@ -851,7 +840,7 @@ def test_a_compiler_that_fails_is_one_line_and_changes_nothing(
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    [torch.OutOfMemoryError("x"),
      RuntimeError("FIND was unable to find an engine to execute this computation")],
 )  # fmt: skip
 def test_out_of_memory_is_one_line_and_not_taken_for_a_compiler_that_fails(
@@ -923,7 +912,7 @@ def test_a_place_that_cannot_be_read_is_no_part_of_match(archive, tmp_path):
             assert status == 0 and not err
             match = log_of(out)[-1]["match"]
             # The sum of ten ranks, of five places in two directions, over 10 and over the worst, 4
-            assert match != match if number == 5 else (40 * match) % 1 == pytest.approx(0, abs=1e-6)
+            assert match == 0.5 if number == 5 else (40 * match) % 1 == pytest.approx(0, abs=1e-6)
 
 
 def test_a_slow_step_has_a_log_line_of_its_own(archive, tmp_path, monkeypatch):
@@ -998,7 +987,7 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
                                       listing, "--out", tmp_path / "none")  # fmt: skip
 
 
-def test_linear_power_and_whole_scenes_are_warned_of(archive, tmp_path):
+def test_linear_power_and_whole_scenes_are_warned_of(tmp_path):
     import tifffile
 
     for name, bands, high in (("s1", 2, 0.5), ("s2", 13, 3000)):
@@ -1032,10 +1021,6 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
     sorted(lone.glob("ROIs*/s1_*/*.tif"))[3].unlink()
     (tmp_path / "file").write_text("")
     (tmp_path / "short.csv").write_text(f"s1,s2\n{s1},{s2}\n{s1}\n")
-    (tmp_path / "quote.csv").write_text(f's1,s2\n{s1},{s2}\n"{s1},{s2}\n{s1},{s2}\n')
-    (tmp_path / "semicolon.csv").write_text(f"s1;s2\n{s1};{s2}\n")
-    (tmp_path / "tab.csv").write_text(f"s1\ts2\n{s1}\t{s2}\n")
-    (tmp_path / "bare.csv").write_text("s1,s2\n")
     (tmp_path / "latin.csv").write_bytes(b"s1,s2\n\xe9,\xe9\n")
     other = ["--mode", "single", *SMALL, "--pairs"]
     cases = [
@@ -1047,13 +1032,10 @@ def test_wrong_use_is_one_clear_line(archive, tmp_path):
         (2, ["--mode", "single", *csv, "--s2-bands", "B02,VV"], ["wrong file"]),
         (2, [*other, tmp_path / "none.csv"], ["none.csv"]),
         (1, [*other, tmp_path / "short.csv"], ["short.csv: line 3: 1 values"]),
-        (1, [*other, tmp_path / "quote.csv"], ["quote.csv: line 3"]),
-        (1, [*other, tmp_path / "semicolon.csv"], ["semicolon.csv: line 1", "no commas"]),
-        (1, [*other, tmp_path / "tab.csv"], ["tab.csv: line 1", "no commas"]),
-        (1, [*other, tmp_path / "bare.csv"], ["bare.csv: line 2: no row"]),
         (1, [*other, tmp_path / "latin.csv"], ["latin.csv", "utf-8"]),
         (2, ["--mode", "single", "--root", archive], ["12 pairs fill no batch"]),
         (1, ["--mode=single", "--root", archive, *SMALL, "--out", tmp_path / "file"], ["file"]),
+        (2, ["--mode", "single", *csv, "--lr", "0.001"], ["below --lr-min 0.002"]),
         (2, ["--mode", "single", "--size", "3"], ["--size"]),
         (2, ["--mode", "single", "--size", "100000"], ["--size"]),
         (2, ["--mode", "single", "--threads", "1000000"], ["--threads"]),

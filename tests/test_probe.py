@@ -11,9 +11,12 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import bandcrop
+import conftest
 import numpy as np
 import pytest
 import safetensors.torch
@@ -21,6 +24,7 @@ import scipy.stats
 import tifffile
 import torch
 import torchvision
+from conftest import results, runner
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score
@@ -75,25 +79,7 @@ def settings(root, out, *more, dataset="eurosat-rgb", band="Red", weights="rando
     return [*argv, *map(str, more)]
 
 
-def probe_run(*args, **kwargs):
-    probe.main(probe.arguments(settings(*args, **kwargs)))
-
-
-def results(out):
-    return [json.loads(path.read_text()) for path in sorted(Path(out).glob("*.json"))]
-
-
-def refused(capsys, status, argv, *words):
-    """The run ends with this status and one error (a second line is indented) naming the words."""
-    with pytest.raises(SystemExit) as ended:
-        probe.main(probe.arguments([str(word) for word in argv]))
-    said = capsys.readouterr().err
-    assert ended.value.code == status, said
-    assert "error: " in said and "Traceback" not in said
-    assert all(line.startswith("  ") for line in said.strip().splitlines()[1:])
-    for word in words:
-        assert str(word) in said
-    return said
+probe_run, refused = runner(probe, settings), partial(conftest.refused, probe)
 
 
 def read(images, rows, bands):
@@ -375,13 +361,11 @@ def test_a_scene_that_is_linked_to_twice_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("inner, dataset, suffix", [
-    ("", "eurosat", ".TIF"), ("ds/images/remote_sensing/otherDatasets/sentinel_2/tif", "eurosat",
-    ".tif"), ("EuroSAT_MS", "eurosat", ".tiff"), ("eurosat/2750", "eurosat-rgb", ".jpg"),
-    ("EuroSAT_RGB", "eurosat-rgb", ".JPG"), ("NWPU-RESISC45", "resisc45", ".jpg"),
+    ("", "eurosat", ".TIF"),
+    ("ds/images/remote_sensing/otherDatasets/sentinel_2/tif", "eurosat", ".tiff"),
+    ("eurosat/2750", "eurosat-rgb", ".JPG"), ("NWPU-RESISC45", "resisc45", ".jpg"),
 ])  # fmt: skip
-def test_class_folders_are_found_where_each_source_unpacks_them(
-    tmp_path, inner, dataset, suffix, capsys
-):
+def test_class_folders_are_found_where_each_source_unpacks_them(tmp_path, inner, dataset, suffix):
     for name in CLASSES:
         (tmp_path / inner / name).mkdir(parents=True)
         for n in range(2):
@@ -473,7 +457,10 @@ def test_an_exported_encoder_is_ours(resnets, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "kind, other, told",
-    [("imagenet", "seco", "no resnet18: "), ("byol-imagenet", "imagenet", "it holds conv1.weight")],
+    [
+        ("imagenet", "seco", "no resnet18: Error(s) in loading"),
+        ("byol-imagenet", "imagenet", "it holds conv1.weight"),
+    ],
 )
 def test_a_file_of_another_layout_is_refused(kind, other, told, resnets, tmp_path, capsys):
     torch.save(layout(other, resnets["resnet18"]), tmp_path / "weights.pt")
@@ -483,12 +470,7 @@ def test_a_file_of_another_layout_is_refused(kind, other, told, resnets, tmp_pat
     assert ended.value.code == 1 and told in said and "weights.pt" in said and len(said) < 500
 
 
-def test_tensors_of_another_shape_or_not_finite_are_refused(resnets, photos, tmp_path, capsys):
-    found = resnets["resnet18"].state_dict() | {"layer1.0.bn1.bias": torch.zeros(7)}
-    torch.save(found, tmp_path / "weights.pt")
-    with pytest.raises(SystemExit) as ended:
-        loaded("imagenet", tmp_path / "weights.pt")
-    assert ended.value.code == 1 and "size mismatch" in capsys.readouterr().err
+def test_tensors_that_are_not_finite_are_refused(photos, tmp_path, capsys):
     encoder = probe.build_encoder("resnet18", 1)
     encoder.bn1.bias.data[0] = float("nan")  # as a diverged training leaves it
     file = write_encoder(tmp_path / "e.safetensors", encoder=encoder)
@@ -562,7 +544,7 @@ def test_our_own_encoders_bands_and_statistics_are_used_and_told(photos, tmp_pat
     refused(capsys, 2, argv, "saw no Green", "--stats train")
 
 
-@pytest.mark.parametrize("channels, band", [(1, "RGB"), (13, "RGB"), (13, "Red")])
+@pytest.mark.parametrize("channels, band", [(1, "RGB"), (13, "Red")])
 def test_weights_whose_channels_do_not_match_are_refused(photos, tmp_path, capsys, channels, band):
     model = torchvision.models.resnet18()
     model.conv1 = torch.nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
@@ -613,10 +595,12 @@ def test_a_damaged_file_in_torch_hubs_cache_is_refused(data, photos, tmp_path, c
 
 def test_odd_contents_of_others_files_are_one_line(resnets, photos, tmp_path, capsys):
     file = tmp_path / "w.pt"
-    nan = resnets["resnet18"].state_dict()
-    nan["bn1.bias"] = torch.full((64,), float("nan"))
-    flat = nan | {"conv1.weight": torch.zeros(64)}
-    for held in ({1: torch.zeros(1)}, {"state_dict": 3}, nan, flat):
+    whole = resnets["resnet18"].state_dict()
+    nan = whole | {"bn1.bias": torch.full((64,), float("nan"))}
+    flat = whole | {"conv1.weight": torch.zeros(64)}
+    bent = whole | {"layer1.0.bn1.bias": torch.zeros(7)}
+    short = {name: tensor for name, tensor in whole.items() if name != "layer4.1.bn2.bias"}
+    for held in ({1: torch.zeros(1)}, {"state_dict": 3}, nan, flat, bent, short):
         torch.save(held, file)
         refused(capsys, 1, settings(photos, tmp_path / "out", weights=f"other:{file}"))
         refused(capsys, 1, ["--weights", f"other:{file}", "--export", tmp_path / "x.safetensors"])
@@ -1069,13 +1053,7 @@ def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, status, words", [
     ("image,label\nA,a\nB", 1, ["line 3", "1 value"]),
-    ("image,label\n\"A,a\nB,b\n", 1, ["line 2", "quot"]),
-    ("image;label\nA;a\n", 1, ["columns image", "commas"]),
-    ("image\tlabel\nA\ta\n", 1, ["columns image", "\\t"]),
-    ("picture,label\nA,b", 1, ["columns image"]),
     ("image,label,label\nA,a,b", 1, ["one twice"]),
-    ("image,label\n", 1, ["no row"]),
-    ("", 1, ["columns image"]),
     ("image,label\nnone.jpg,a\n", 1, ["line 2", "none.jpg"]),
     ("image,label,split\nA,a,training\n", 1, ["'training'"]),
     ("image,label\nA,a\nA,a\nB,b", 1, ["/A comes twice"]),
@@ -1095,16 +1073,12 @@ def test_a_faulty_table_is_one_line(photos, tmp_path, capsys, text, status, word
     refused(capsys, status, argv, *words)
 
 
-def test_a_table_that_is_no_text_file_is_one_line(tmp_path, capsys):
-    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
+def test_a_table_that_is_no_file_is_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.csv")
-    refused(capsys, 1, settings(tmp_path / "t.csv", tmp_path, dataset="csv"), "utf-8")
     refused(capsys, 2, settings(tmp_path / "pipe.csv", tmp_path, dataset="csv"), "is no file")
 
 
-def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refused(
-    tmp_path, capsys
-):
+def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refused(tmp_path):
     ramp = np.linspace(0, 1000, 4096).astype(np.uint16).reshape(64, 64)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     Image.new("L", (8, 8)).save(tmp_path / "huge.png")
@@ -1153,12 +1127,8 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
     assert np.load(tmp_path / "x.npz")["features"][0, 2] == pytest.approx(lowest, rel=1e-5)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_out_of_memory_is_one_line(photos, tmp_path, capsys, monkeypatch, error):
-    def fill(*_):
-        raise error("GET was unable to find an engine to execute this computation")
-
-    monkeypatch.setattr(probe, "encode", fill)
+def test_out_of_memory_is_one_line(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "encode", mock.Mock(side_effect=torch.OutOfMemoryError("x")))
     refused(capsys, 1, settings(photos, tmp_path), "too little memory", "--size")
 
 
@@ -1173,13 +1143,13 @@ def test_a_broken_tile_is_named(tmp_path, capsys):
 
 def test_missing_data_and_lists_are_told_with_where_to_get_them(tmp_path, photos, capsys):
     argv = ["--dataset", "eurosat", "--band", "RE5", "--root", tmp_path / "none"]
-    said = refused(capsys, 2, argv, tmp_path / "none", "EuroSATallBands.zip")
+    said = refused(capsys, 2, argv, tmp_path / "none", "EuroSATallBands.zip", lines=2)
     assert "5ac12b3b2557aa56e1826e981e8e200e" in said and "eurosat[-spatial]" in said
-    refused(capsys, 2, settings(tmp_path, tmp_path / "out"), "no eurosat-rgb", "EuroSAT.zip")
+    argv = settings(tmp_path, tmp_path / "out")
+    refused(capsys, 2, argv, "no eurosat-rgb", "EuroSAT.zip", lines=2)
     argv = settings(photos, tmp_path, "--split", "spatial")
-    refused(
-        capsys, 2, argv, "no list", "eurosat-spatial-train.txt", "--split random", "EuroSAT.zip"
-    )
+    words = ("no list", "eurosat-spatial-train.txt", "--split random", "EuroSAT.zip")
+    refused(capsys, 2, argv, *words, lines=2)
 
 
 def test_wrong_use_is_refused_in_one_line(photos, tmp_path, capsys):

@@ -1,13 +1,12 @@
 """`python -m bandcrop.repack` against tifffile: the same samples and tags, whatever happens."""
 
-import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import bandcrop
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 from bandcrop import repack
+from conftest import in_process
 from test_bandcrop import REAL, image, real_data, samples_by_tifffile, write
 
 GDAL_XML = (
@@ -33,15 +33,7 @@ TAGS = [
 ]
 
 
-def run(*argv):
-    """The command in this process: as a finished process, and as quick as a call."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            repack.main([*map(str, argv)])
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else print(stop.code, file=err) or 1
-    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+run = partial(in_process, repack.main, "repack")
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_dfc2020, write_eurosat, write_sen12ms
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["pretrain", "probe", "segment", "analyze"]
 STUB = ROOT / "csrc" / "bandcrop" / "_core.pyi"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -75,12 +74,6 @@ def results(elsewhere, encoder) -> Path:
     flags = "--dataset dfc2020 --root ../dfc2020 --band SAR1 --epochs 1 --num-images 3".split()
     alone(elsewhere, "segment", *flags, *weights, "--batch-size", 3, "--out", out)
     return out
-
-
-def test_no_script_can_see_another_where_these_tests_run_them(elsewhere, tmp_path):
-    code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
-    done = python(elsewhere, tmp_path, "-c", code, *SCRIPTS, "synthetic", "bandcrop")
-    assert done.stdout.split() == ["bandcrop"]
 
 
 def test_pretrain_runs_alone(encoder):

@@ -1,21 +1,19 @@
 """The synthetic archives: layouts like the real ones, seeded, informative but not trivial."""
 
-import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import synthetic
 import tifffile
+from conftest import in_process
 from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -226,18 +224,7 @@ def test_foreign_folder_is_refused_and_own_archive_is_kept_or_renewed(tmp_path):
     assert len(list(root.rglob("*.tif"))) == 3 and os.listdir(tmp_path) == ["sen12ms"]
 
 
-def run(*arguments):
-    """The command in this process: as a finished process, without a start of its own."""
-    argv, out, err = ["synthetic.py", *map(str, arguments)], io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", argv):
-        with mock.patch("signal.signal"):
-            try:
-                status = synthetic.main()
-            except SystemExit as stop:
-                status = stop.code
-    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
-
-
+run = partial(in_process, synthetic.main, "synthetic.py")
 SMALL = "--pairs 2 --eurosat 1 --dfc2020 1 1 --size 32".split()
 
 
