@@ -192,7 +192,7 @@ done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
 for pair in "negatives varied" "negatives-epoch10 varied-epoch10" "varied-epoch10 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
-    $PYTHON tests/judge.py versus "$JUDGED" 64 $pair
+    for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
 done
 RESULTS=results/proof-other # data unlike the training pairs
 for run in stats random varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 negatives-seed2; do
