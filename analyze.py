@@ -380,6 +380,19 @@ def t_test(test: Test, difference: float, parts: list[Part]) -> Test:
     return test
 
 
+def t_test_over_seeds(test: Test, ours: np.ndarray, other: np.ndarray, overlap: float) -> Test:
+    """Of scores [pre-trainings, seeds], one or several pre-trainings on each side. By chance vary
+    the pre-trainings of a recipe, and always the seeds: the splits are the same for all
+    pre-trainings, so that their luck is not averaged out over them."""
+    gaps = ours.mean(0) - other.mean(0)
+    recipes = [(side.mean(1), 0) for side in (ours, other) if len(side) > 1]
+    test.method = "paired t-test over seeds"
+    if recipes:
+        test.method = "Welch's t-test over pre-trainings and seeds"
+    test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
+    return t_test(test, gaps.mean(), [*recipes, (gaps, overlap)])
+
+
 def correct(tests: list[Test]) -> None:
     """Holm's correction (1979) of one family: p_holm, and the interval that agrees with it.
 
@@ -418,9 +431,7 @@ def compare(
 ) -> Test:
     """Fill in a test from what its rows have in common; overlap: as in `standard_error`.
 
-    a, b: one row, or the pre-trainings of a recipe. By chance vary the pre-trainings of a recipe,
-    and always the seeds: the splits are the same for all pre-trainings, so that their luck is not
-    averaged out over them.
+    a, b: one row, or the pre-trainings of a recipe.
     """
     both, x = matched(values, a + b, bands, test.kind != "over bands")
     if not x.size:
@@ -430,14 +441,8 @@ def compare(
     if test.kind == "over bands":
         test.method, gaps = "paired t-test over bands", np.subtract(*x.mean(2))
         return t_test(test, gaps.mean(), [(gaps, 0)])
-    ours, other = x[: len(a)].mean(1), x[len(a) :].mean(1)  # [pre-trainings, seeds]
-    gaps = ours.mean(0) - other.mean(0)
-    recipes = [(side.mean(1), 0) for side in (ours, other) if len(side) > 1]
-    test.method = "paired t-test over seeds"
-    if recipes:
-        test.method = "Welch's t-test over pre-trainings and seeds"
-    test.method += ", variance by Nadeau and Bengio" * (overlap > 0)
-    return t_test(test, gaps.mean(), [*recipes, (gaps, overlap)])
+    x = x.mean(1)  # [pre-trainings, seeds]
+    return t_test_over_seeds(test, x[: len(a)], x[len(a) :], overlap)
 
 
 # ---------------------------------------------------------------------------- tables

@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from analyze import Test, t_test  # noqa: E402
+from analyze import Test, t_test_over_seeds  # noqa: E402
 
 COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
 PARTS = {"EuroSAT": slice(0, 3), "optical": slice(3, 4), "radar": slice(4, 5)}  # of COLUMNS
@@ -89,19 +89,17 @@ def print_table(folder: Path, size: str) -> None:
         for name, runs in recipes.items():
             if "stats" not in found or name == "stats":
                 continue
-            less = np.stack(runs) - found["stats"]  # [runs, columns, splits]
-            for column, part in PARTS.items():
-                compare(f"{name}, {len(runs)} pre-trainings, less stats, {column}", less[:, part])
+            for column in PARTS:
+                what = f"{name}, {len(runs)} pre-trainings, less stats, {column}"
+                compare(what, column, np.stack(runs), found["stats"][None])
 
 
-def compare(what: str, ours: np.ndarray, other: np.ndarray | None = None) -> None:
-    """Print a difference of scores float [runs, columns, splits] from 0, or from a recipe's."""
-    both = [scores.mean(1) for scores in (ours, other) if scores is not None]  # [runs, splits]
-    gaps = both[0].mean(0) - sum(scores.mean(0) for scores in both[1:])
-    recipes = [(scores.mean(1), 0) for scores in both if len(scores) > 1]
-    test = Test("over pre-trainings", "", "F1", "", "")
-    t_test(test, gaps.mean(), [*recipes, (gaps, OVERLAP)])
-    spread = "".join(f", standard deviation {each.std(ddof=1):.3f}" for each, _ in recipes)
+def compare(what: str, column: str, ours: np.ndarray, other: np.ndarray) -> None:
+    """Print the difference of scores float [runs, columns, splits], in one of PARTS."""
+    both = [scores[:, PARTS[column]].mean(1) for scores in (ours, other)]  # [runs, splits]
+    test = t_test_over_seeds(Test("over pre-trainings", "", "F1", "", ""), *both, OVERLAP)
+    spread = "".join(f", standard deviation {each.mean(1).std(ddof=1):.3f}"
+                     for each in both if len(each) > 1)  # fmt: skip
     print(f"{what}: {test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}; p = {test.p:.4f})"
           f"{spread}", flush=True)  # fmt: skip
 
@@ -117,8 +115,8 @@ def print_versus(folder: Path, size: str, *recipes: str) -> None:
             both.append(np.array(runs))
             means = " ".join(f"{value:.3f}" for value in both[-1].mean((0, 2)))
             print(f"{head}, {size} px, {recipe}, mean of {len(names)}: {means}", flush=True)
-        for column, part in PARTS.items():
-            compare(f"{head}, {column}", *(scores[:, part] for scores in both))
+        for column in PARTS:
+            compare(f"{head}, {column}", column, *both)
 
 
 if __name__ == "__main__":

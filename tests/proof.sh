@@ -222,30 +222,24 @@ for sensor in 1 2; do
         NR == 1 { print "image,label" }
         NR > 1 { print data "/" $column "," $3 }' >"$RUNS/scenes-s$sensor.csv"
 done
-on_table() { # data set's key, then flags
-    key=$1 && shift
-    case $key in
-    rgb) probe $RGB --size 64 "$@" ;;
-    ten) probe --dataset eurosat --root "$DATA/eurosat" --size 64 "$@" ;;
-    radar) probe --dataset csv --root "$RUNS/scenes-s1.csv" --bands-in-file VH --band VH --size 64 "$@" ;;
-    optical) probe --dataset csv --root "$RUNS/scenes-s2.csv" --bands-in-file Red --band Red --size 64 "$@" ;;
-    esac
-}
+TEN="--dataset eurosat --root $DATA/eurosat"
+RADAR="--dataset csv --root $RUNS/scenes-s1.csv --bands-in-file VH --band VH --size 64"
+OPTICAL="--dataset csv --root $RUNS/scenes-s2.csv --bands-in-file Red --band Red --size 64"
 for weights in stats random "$OURS --bn reestimate"; do
-    on_table rgb --band all --weights $weights
-    on_table ten --band all --weights $weights
-    on_table ten --band NIR --train-images 50 --weights $weights
-    on_table radar --weights $weights
-    on_table optical --weights $weights
+    probe $RGB --band all --weights $weights
+    probe $TEN --band all --weights $weights
+    probe $TEN --band NIR --train-images 50 --weights $weights
+    probe $RADAR --weights $weights
+    probe $OPTICAL --weights $weights
     for labels in 50 200 1000; do
-        on_table rgb --band Red --train-images $labels --weights $weights
-        on_table radar --train-images $labels --weights $weights
-        on_table optical --train-images $labels --weights $weights
+        probe $RGB --band Red --train-images $labels --weights $weights
+        probe $RADAR --train-images $labels --weights $weights
+        probe $OPTICAL --train-images $labels --weights $weights
     done
 done
 for weights in scratch "$OURS --finetune"; do
-    on_table rgb --band Red --epochs 15 --weights $weights
-    on_table radar --epochs 15 --weights $weights
+    probe $RGB --band Red --epochs 15 --weights $weights
+    probe $RADAR --epochs 15 --weights $weights
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-table
 
