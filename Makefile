@@ -23,7 +23,7 @@ help:  ## this list
 environment:
 ifeq ($(MANAGED),yes)
 	@echo "$(PYTHON) is managed by the system: using .venv (to type 'python ...' as in the README: source .venv/bin/activate)"
-	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 endif
 
 codecs:

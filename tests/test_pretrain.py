@@ -717,6 +717,15 @@ def test_resume_takes_all_settings_and_refuses_others_by_name(finished, archive)
     assert before == {path: path.read_bytes() for path in kept}
 
 
+def test_resume_goes_on_with_what_the_last_resume_changed(copy_of, archive, tmp_path):
+    moved = shutil.copytree(archive, tmp_path / "moved")
+    trained("--resume", "--out", copy_of, "--root", moved, "--epochs", 5)
+    config = json.loads((copy_of / "config.json").read_text())
+    assert (config["settings"]["root"], config["settings"]["epochs"]) == (str(moved), 5)
+    said = trained("--resume", "--out", copy_of)
+    assert f"pairs of {moved}" in said and "resumed at step 15 of 15" in said
+
+
 def test_other_partners_are_refused(archive, tmp_path):
     root = tmp_path / "sen12ms"
     shutil.copytree(archive, root)
@@ -799,15 +808,13 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
     assert "config.json is damaged" in refused(1, "--resume", "--out", copy_of)
 
 
-def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
+def test_a_checkpoint_of_something_else_is_refused(copy_of):
     file = copy_of / "checkpoint.pt"
     whole = torch.load(file, weights_only=True)
-    for name, value in [("step", 2.5), ("step", -5), ("more", 3), ("bad", []), ("optimizer", {})]:
+    other = {name.replace("student", "pupil"): value for name, value in whole["byol"].items()}
+    for name, value in [("byol", other), ("optimizer", {})]:
         torch.save(whole | {name: value}, file)
-        assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
-    whole["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)  # a segmentation fault
-    torch.save(whole, file)
-    assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
+        assert "of another version" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
 
 
 def test_only_a_torn_last_line_of_the_log_is_cut(copy_of, finished):
@@ -886,8 +893,9 @@ def damaged(tmp_path) -> Path:
 
 def test_a_bad_tile_stops_a_run_or_is_replaced_by_a_good_pair_of_its_batch(damaged, tmp_path):
     common = ["--mode", "single", "--root", damaged, *SMALL, "--epochs", 1, "--batch-size", 26]
-    message = refused(1, *common, "--out", tmp_path / "stop")
-    bad = sorted(damaged.glob("ROIs*/s2_*/*.tif"))[50]
+    bad, stopped = sorted(damaged.glob("ROIs*/s2_*/*.tif"))[50], tmp_path / "stop"
+    message = refused(1, *common, "--checkpoint-every", 1, "--out", stopped)
+    assert not (stopped / "bad_tiles.txt").exists()  # once it is mended it counts as good
     assert bad.name in message and "--bad-tiles skip" in message
     out = tmp_path / "skip"
     trained(*common, "--bad-tiles", "skip", "--out", out)
@@ -1146,6 +1154,6 @@ def test_a_gpu_trains_and_the_cpu_resumes(precision, gpu, archive, tmp_path):
     )
     if "has no bf16" in done.stderr:
         pytest.skip("this GPU has no bf16")
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and "pretrain.py:" not in done.stderr, done.stderr
     trained("--resume", "--out", out, *NET, "--device", "cpu")
     assert all(math.isfinite(line["loss"]) for line in log_of(out))
