@@ -58,12 +58,8 @@ if os.environ.get("CI"):
     flags.append("-Werror")
 links = ["-pthread"]
 if sanitizers := os.environ.get("BANDCROP_SANITIZE"):  # e.g. address,undefined
-    flags += [
-        f"-fsanitize={sanitizers}",
-        "-fno-sanitize-recover=all",
-        "-fno-omit-frame-pointer",
-        "-g",
-    ]
+    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"]
+    flags += ["-fno-omit-frame-pointer"]
     links += [f"-fsanitize={sanitizers}"]
 
 setup(

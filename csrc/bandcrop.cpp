@@ -253,10 +253,6 @@ class Ticket {
         }
         return report(*batch_);
     }
-    bool done() const {
-        check_process(made_in_);
-        return pool_->wait(*batch_, std::chrono::milliseconds{0});
-    }
 
   private:
     SharedPool pool_;
@@ -438,7 +434,6 @@ class Reader {
         const WithoutGil released;
         pool_.reset();
     }
-    unsigned threads() const { return pool_->threads(); }
 
     py::object fill(const py::object& out, const py::sequence& paths, const py::object& bands,
                     const py::object& windows, const py::object& orient, const py::object& mean,
@@ -555,13 +550,11 @@ PYBIND11_MODULE(core, m) {
     py::class_<Ticket>(m, "Ticket",
                        "A batch under way. Dropping it cancels what has not started and waits for "
                        "what has.")
-        .def("wait", &Ticket::wait, "Returns the batch's Report, or raises what fill() would.")
-        .def("done", &Ticket::done, "Whether wait() would return at once.");
+        .def("wait", &Ticket::wait, "Returns the batch's Report, or raises what fill() would.");
 
     py::class_<Reader>(m, "Reader", "Fills batches from GeoTIFF files with a pool of threads.")
         .def(py::init<int>(), "threads"_a = 0,
              "threads: how many; 0: one for each processor that this process may use.")
-        .def_property_readonly("threads", &Reader::threads)
         .def("fill", &Reader::fill, "out"_a, "paths"_a, "bands"_a, "windows"_a = py::none(),
              "orient"_a = py::none(), "mean"_a = py::none(), "std"_a = py::none(),
              "bad"_a = "raise", "bands_in_file"_a = py::none(), "nodata"_a = py::none(), fill_doc)

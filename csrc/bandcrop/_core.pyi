@@ -58,14 +58,11 @@ class Ticket:
     """A batch under way; dropping it cancels what has not started and waits for what has."""
 
     def wait(self) -> Report: ...
-    def done(self) -> bool: ...
 
 class Reader:
     """A pool of threads that fills batches."""
 
     def __init__(self, threads: int = 0) -> None: ...
-    @property
-    def threads(self) -> int: ...
     def fill(
         self,
         out: object,  # float32 [N, C, H, W], C-contiguous: numpy array or CPU tensor
