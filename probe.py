@@ -118,11 +118,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
         "as pre-trained (default), or of the unlabelled training images")
     add("--head", choices=["mlp", "linear", "knn"], default="mlp", help="the paper's (default), "
-        "logistic regression or nearest neighbours, both on standardised features")
+        "logistic regression or nearest neighbours; each on standardised features")
     add("--epochs", type=int, default=100, help="of mlp, or of --finetune (100, paper)")
     add("--seeds", type=int, default=1, metavar="K", help="0..K-1: split, draws, new weights (1)")
     add("--embed", type=Path, metavar="FILE.npz", help="features of every image; trains nothing")
-    add("--cam", type=int, default=0, metavar="K", help="FullGrad maps of K test images (PNG)")
+    add("--cam", type=int, default=0, metavar="K", help="FullGrad maps of K test images, 64 at "
+        "most, as a PNG (one that is there is kept)")
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
@@ -215,6 +216,8 @@ def band_places(*orders: list[str]) -> dict[str, tuple[int, int]]:
 
 def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list[str]]:
     """The band lists of --band, one for each run: "all" -> [["Blue"], ["Green"], ...]."""
+    if not known:
+        fail(2, f"{dataset} has none of the bands {', '.join(BANDS)}")
     if text.lower() == "all":
         return [[band] for band in BANDS if band in known]
     bands = [band_name(name) for name in TRIPLES.get(text.upper(), text).split(",")]
@@ -512,7 +515,7 @@ def open_photo(path: str, size: int | None = None, bands: int = 3) -> np.ndarray
     """A JPEG or PNG as uint8 [bands, H, W], to `size` by Pillow's bicubic where it differs."""
     try:
         with Image.open(path) as opened:
-            if opened.mode[0] in "IF":
+            if opened.mode[0] in "IF" or any(";16" in str(tile) for tile in opened.tile):  # or RGB
                 raise ValueError("a photo of 16 bits or more: give a GeoTIFF")
             photo = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
         if (has := len(photo.getbands())) != bands:
@@ -874,7 +877,14 @@ def fit_mlps(
     x: torch.Tensor, y: torch.Tensor, classes: int, settings: list[tuple[str, float]], epochs: int
 ) -> list[nn.Module]:
     """The paper's head on features [N, D] and labels int64 [N], once for each setting, side by side
-    on the same batches; the rates fall along a cosine."""
+    on the same batches; the rates fall along a cosine.
+
+    They learn from standardised features, as otherwise the scale of a feature decides how fast it
+    is learnt; what they return takes features as they are.
+    """
+    std, mean = torch.std_mean(x, 0)
+    std[std <= 1e-5 * x.abs().amax(0)] = 1  # of a feature that is constant
+    x = (x - mean) / std
     heads = [build_head(x.shape[1], classes).to(x.device) for _ in settings]
     kinds = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
     optimisers = [
@@ -892,6 +902,9 @@ def fit_mlps(
             loss.backward()
             for step in (*optimisers, *falls):
                 step.step()
+    for first in (head[0] for head in heads):
+        first.weight.data /= std
+        first.bias.data -= first.weight.data @ mean
     return [head.eval() for head in heads]
 
 
@@ -1013,7 +1026,8 @@ def fullgrad(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.T
         if term.ndim == 4:
             term = term.abs() - term.abs().amin((1, 2, 3), keepdim=True)
             term = term / term.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-            saliency += F.interpolate(term, x.shape[2:], mode="bilinear", align_corners=True).sum(1)
+            term = term.sum(1, keepdim=True)
+            saliency += F.interpolate(term, x.shape[2:], mode="bilinear", align_corners=True)[:, 0]
     return saliency
 
 
@@ -1096,8 +1110,8 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset}
     task = data | {  # but for weights, band and seed, all that determines the result
         "train_images": args.train_images, "size": args.size, "stats": args.stats,
-        "head": args.head, "hidden": HIDDEN, "bf16": native_bf16(args.device),
-        "epochs": args.epochs if args.head == "mlp" else None,
+        "head": args.head, "hidden": HIDDEN, "tried": CHOICES[args.head],
+        "bf16": native_bf16(args.device), "epochs": args.epochs if args.head == "mlp" else None,
     }  # fmt: skip
     settings = task | {
         "task": digest_of([scope, task]), "arch": weights.metadata["arch"],
@@ -1120,10 +1134,6 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     predicted, chosen, model, began = train_and_predict(setup, split, seed)
     clock += [began, time.perf_counter()]
     metrics = f1_metrics(images.labels[split.test], predicted, images.classes)
-    if args.cam:  # some test images, spread over the classes
-        count = min(args.cam, len(split.test), ENCODE_BATCH)
-        draw = stratified(images.labels[split.test], count, np.random.default_rng(0))
-        save_cams(png, nn.Sequential(*model), setup, split.test[draw], predicted[draw])
     folder = args.root if args.root.is_dir() else args.root.parent
     write_result(path, {
         "schema": 1, "stage": "probe", **scope, "bands": bands, "seed": seed, "metrics": metrics,
@@ -1145,6 +1155,10 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
         print(f"  never seen by the encoder: {', '.join(unseen)}", flush=True)
     if extra := metrics["only_predicted"]:
         print(f"  predicted, but in no test image: {', '.join(extra)}", flush=True)
+    if args.cam:  # some test images, spread over the classes
+        count = min(args.cam, len(split.test), ENCODE_BATCH)
+        draw = stratified(images.labels[split.test], count, np.random.default_rng(0))
+        save_cams(png, nn.Sequential(*model), setup, split.test[draw], predicted[draw])
     return path
 
 
@@ -1184,14 +1198,13 @@ def main(args: argparse.Namespace) -> None:
             check_bands(args.weights, bands, args.stats)
         if args.embed and len(asked) > 1:
             fail(2, "--embed writes one file: give one band, or three")
-        files = digest_files(file for each in images.files for file in each)
         if args.embed:
             return embed(args, images, asked[0])
         if images.labels is None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
         images = images._replace(part=listed_parts(images, args))
         data = {
-            "files": files,
+            "files": digest_files(file for each in images.files for file in each),
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
             "parts": images.part and digest_of(images.part), "places": images.bands,
             "bands_in_files": images.counts, "nodata": args.nodata,

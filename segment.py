@@ -66,7 +66,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "random) or of probe.py --export; random; scratch (encoder trained too)")
     add("--arch", choices=ARCHS, default="resnet50", help="of random and scratch")
     add("--split", choices=["random", "official"], help="random: train on --num-images, test on "
-        "the rest; official: the archive's test part, or the csv's own column (csv's default)")
+        "the rest; official: on all but the published test part, or the csv's own (csv's default)")
     add("--num-images", type=int, metavar="N", help="training tiles, drawn by seed (dfc2020: 900, "
         "paper; csv: all, or 80 %% where the split is random)")
     add("--classes", help="dfc2020: 8 (default; without Savanna, Snow/Ice) or 10; csv: names, for "
@@ -80,7 +80,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=100, help="(100, paper)")
     add("--batch-size", type=int, default=16)
     add("--seeds", type=int, default=1, metavar="K", help="0..K-1: decoder, draws, new weights (1)")
-    add("--maps", type=int, default=0, metavar="K", help="draw K test tiles as a PNG")
+    add("--maps", type=int, default=0, metavar="K", help="draw K test tiles as a PNG (one "
+        "that is there is kept)")
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("results"))
     args = parser.parse_args(argv)
@@ -167,6 +168,8 @@ def band_places(*orders: list[str]) -> dict[str, tuple[int, int]]:
 
 def requested_bands(text: str, known: dict[str, Any], dataset: str) -> list[list[str]]:
     """The band lists of --band, one for each run: "all" -> [["Blue"], ["Green"], ...]."""
+    if not known:
+        fail(2, f"{dataset} has none of the bands {', '.join(BANDS)}")
     if text.lower() == "all":
         return [[band] for band in BANDS if band in known]
     bands = [band_name(name) for name in TRIPLES.get(text.upper(), text).split(",")]
@@ -651,8 +654,10 @@ def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.n
         fail(2, f"--split official: {args.root} has no column split; use --split random")
     else:
         part = np.array(tiles.part)
-        train = np.sort(rng.permutation(np.flatnonzero(part != "test"))[:wanted])
-        test = np.flatnonzero(part == "test")
+        train, test = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
+        if (args.num_images or 0) > len(train):
+            fail(2, f"--num-images {args.num_images}: {len(train)} tiles are there to train on")
+        train = np.sort(rng.permutation(train)[:wanted])
     counts, truth = (tiles.masks != IGNORED).any((1, 2)), tiles.masks[train]
     held = sum((truth == number).any() for number in range(len(args.classes)))
     if counts[train].sum() < 2 or held < 2 or not counts[test].any():
@@ -781,12 +786,6 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     predicted, about, seconds = train_and_predict(args, tiles, used, test, bands, norm, seed)
     truth = tiles.masks[test]
     metrics = map_metrics(truth, predicted, classes)
-    if args.maps:
-        shown = np.linspace(0, len(test) - 1, min(args.maps, len(test))).astype(int)
-        batches = read_images(tiles, test[shown], bands, norm, torch.device("cpu"))
-        images = torch.cat([x.clone() for x in batches]).numpy()
-        names = [tiles.names[row] for row in test[shown]]
-        draw_maps(png, [*zip(names, images, truth[shown], predicted[shown], strict=True)], classes)
     unseen = check_bands(weights, bands, args.stats)
     write_result(path, {
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
@@ -806,6 +805,12 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     ):
         if found:
             print(f"  {note}: {', '.join(found)}", flush=True)
+    if args.maps:
+        shown = np.linspace(0, len(test) - 1, min(args.maps, len(test))).astype(int)
+        batches = read_images(tiles, test[shown], bands, norm, torch.device("cpu"))
+        images = torch.cat([x.clone() for x in batches]).numpy()
+        names = [tiles.names[row] for row in test[shown]]
+        draw_maps(png, [*zip(names, images, truth[shown], predicted[shown], strict=True)], classes)
     return path
 
 

@@ -1,4 +1,4 @@
-"""The scores of README's table: frozen features under a regression and under nearest neighbours.
+"""The scores of README's table: frozen features under the paper's head, regression, neighbours.
 
     python tests/judge.py lists DATA FOLDER    # FOLDER/{eurosat,optical,radar}-{val,test}.csv
     python tests/judge.py table FOLDER [SIZE]  # of FOLDER/NAME@SIZE@COLUMN@{val,test}.npz
@@ -6,19 +6,21 @@
 
 Between the two, `probe.py --embed` writes the features of each list, by each encoder, at each size:
 tests/proof.sh has the loop. A third of 3,000 EuroSAT JPEGs and of 1,800 labelled scenes, "val",
-serves to choose a penalty or a number of neighbours for each column. The others, "test", give the
-score: macro F1, mean of five stratified splits of 80 and 20 %. Names that differ in -seedN alone
-are pre-trainings of one recipe. A difference gets Welch's interval over pre-trainings and over the
-splits, widened by Nadeau and Bengio's correction as analyze.py does it; of one encoder, over the
-splits alone.
+serves to choose a rate, a penalty or a number of neighbours for each column. The others, "test",
+give the score: macro F1, mean of five stratified splits of 80 and 20 %. Names that differ in -seedN
+alone are pre-trainings of one recipe. A difference gets Welch's interval over pre-trainings and
+over the splits, widened by Nadeau and Bengio's correction as analyze.py does it; of one encoder,
+over the splits alone.
 """
 
 import csv
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -27,12 +29,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import probe  # noqa: E402
 from analyze import Test, t_test_over_seeds  # noqa: E402
 
 COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
 PARTS = {"EuroSAT": slice(0, 3), "optical": slice(3, 4), "radar": slice(4, 5)}  # of COLUMNS
 OVERLAP = 0.25  # test images for each other one, in splits of 80 and 20 %
-HEADS = {"regression": (1e-4, 1e-3, 1e-2, 1e-1), "neighbours": (1, 5, 10, 20)}
+HEADS = {
+    "paper's head": probe.CHOICES["mlp"],
+    "regression": (1e-4, 1e-3, 1e-2, 1e-1),
+    "neighbours": (1, 5, 10, 20),
+}
 
 
 def write_lists(data: Path, folder: Path) -> None:
@@ -54,16 +61,21 @@ def write_lists(data: Path, folder: Path) -> None:
                 (folder / f"{name}-{part}.csv").write_text(text + "\n")
 
 
-def scores(x: np.ndarray, y: np.ndarray, head: str, value: float) -> np.ndarray:
+def scores(x: np.ndarray, y: np.ndarray, head: str, value: Any) -> np.ndarray:
     """Macro F1 of each of five splits."""
     found = []
     for fit, test in StratifiedShuffleSplit(5, test_size=0.2, random_state=0).split(x, y):
-        if head == "regression":  # mean cross-entropy + value * |W|^2
-            model = LogisticRegression(C=1 / (2 * value * len(fit)), max_iter=400, tol=1e-3)
+        if head == "paper's head":
+            torch.manual_seed(0)
+            known, classes = map(torch.from_numpy, (x[fit], y[fit])), len(np.unique(y))
+            (model,) = probe.fit_mlps(*known, classes, [value], 100)
+            predicted = probe.predict(model, torch.from_numpy(x[test]))
         else:
-            model = KNeighborsClassifier(int(value), metric="cosine")
-        model = make_pipeline(StandardScaler(), model).fit(x[fit], y[fit])
-        found.append(f1_score(y[test], model.predict(x[test]), average="macro"))
+            model = KNeighborsClassifier(value, metric="cosine")
+            if head == "regression":  # mean cross-entropy + value * |W|^2
+                model = LogisticRegression(C=1 / (2 * value * len(fit)), max_iter=400, tol=1e-3)
+            predicted = make_pipeline(StandardScaler(), model).fit(x[fit], y[fit]).predict(x[test])
+        found.append(f1_score(y[test], predicted, average="macro"))
     return np.array(found)
 
 

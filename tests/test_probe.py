@@ -166,6 +166,19 @@ def test_heads_trained_side_by_side_are_those_trained_alone(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+def test_the_scale_of_a_feature_does_not_decide_how_well_its_head_learns():
+    """With raw features the statistics, which differ most in scale, lost 0.06 F1."""
+    x, y = features()
+    x = torch.cat([x, torch.full((len(x), 1), 3.0)], 1)  # a constant one
+    scale = torch.tensor([1, 1e-3, 1e3, 10, 0.1, 1, 1])
+    said = []
+    for seen in (x, 40 + x * scale):
+        torch.manual_seed(0)
+        [head] = probe.fit_mlps(seen, y, 3, [("sgd", 0.01)], 30)
+        said.append(probe.predict(head, seen))
+    assert (said[0] == said[1]).mean() > 0.99
+
+
 @pytest.mark.parametrize(
     "listed, fitted", [(False, [[0, 1, 2], [0, 1, 2, 3, 4]]), (True, [[0, 1, 2]])]
 )
@@ -623,8 +636,6 @@ def test_the_same_image_twice_and_photos_among_geotiffs_are_refused(
     table(tmp_path / "t.csv", rows)
     argv = settings(tmp_path / "t.csv", tmp_path / "out", dataset="csv")
     refused(capsys, 1, argv, "line 3", "a table of each")
-    table(tmp_path / "t.csv", [{"image": one}, {"image": one}])
-    refused(capsys, 1, [*argv, "--embed", tmp_path / "x.npz"], "comes twice")
     table(tmp_path / "t.csv", [{"image": last, "label": "a"}])
     refused(capsys, 1, argv, "line 2", "no file")
     os.mkfifo(last)
@@ -1086,10 +1097,21 @@ def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refus
     png[16:24] = struct.pack(">II", 20_000, 20_000)  # IHDR: width, height
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
     (tmp_path / "huge.png").write_bytes(png)
+    rgb = bytearray((tmp_path / "huge.png").read_bytes()[:33])
+    rgb[16:26] = struct.pack(">IIBB", 2, 1, 16, 2)  # two pixels of three times 16 bits
+    rgb[29:33] = struct.pack(">I", zlib.crc32(rgb[12:29]))
+    pixels = b"IDAT" + zlib.compress(bytes(13))
+    rgb += struct.pack(">I", len(pixels) - 4) + pixels + struct.pack(">I", zlib.crc32(pixels))
+    (tmp_path / "deep-rgb.png").write_bytes(rgb)
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
-    for name, bands, told in (("deep", 3, "16 bits"), ("huge", 3, "pixels"), ("rgb", 1, "3 band"),
-                              ("grey", 3, "1 band")):  # fmt: skip
+    for name, bands, told in (
+        ("deep", 3, "16 bits"),
+        ("deep-rgb", 3, "16 bits"),
+        ("huge", 3, "pixels"),
+        ("rgb", 1, "3 band"),
+        ("grey", 3, "1 band"),
+    ):
         with pytest.raises(bandcrop.TileError, match=rf"{name}\.png.*{told}"):
             probe.open_photo(str(tmp_path / f"{name}.png"), None, bands)
     one = probe.open_photo(str(tmp_path / "grey.png"), None, 1)

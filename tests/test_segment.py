@@ -501,6 +501,9 @@ def test_the_official_split_trains_on_all_that_is_not_test(table, tmp_path):
     part = ["train"] * 5 + ["val"] * 3 + ["test"] * 4
     train, _, test = segment.split_tiles(tiles._replace(part=part), args, 0)
     assert [*train] == [0, 1, 2, 3, 4, 5, 6, 7] and [*test] == [8, 9, 10, 11]
+    args.num_images = 9
+    with pytest.raises(SystemExit, match="^2$"):
+        segment.split_tiles(tiles._replace(part=part), args, 0)
 
 
 @pytest.mark.parametrize("column", [0, 1, 2])
