@@ -105,14 +105,14 @@ for folder in ("sar_rgb_pairs", "s1s2_scenes", "flood_pairs", "bigearthnet"):
         rows.append(",".join(names))
 (out / "pairs.csv").write_text("\n".join(rows) + "\n")
 END
-on_varied() { # 89 steps an epoch, cycles of 10, 20 and 40 epochs
+on_varied() { # 89 steps an epoch, cycles of 10, 20, 40 and 80 epochs
     name=$1 && shift
     pretrain "$name" --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH \
         --recipe small --epochs 10 "$@"
 }
 for seed in 0 1 2; do
     on_varied "varied-seed$seed" --seed $seed --negatives 0 --epochs 70 # encoders at 10, 30 and 70
-    on_varied "negatives-seed$seed" --seed $seed --negatives 0.2 --epochs 70
+    on_varied "negatives-seed$seed" --seed $seed --negatives 0.2 --epochs 150
     on_varied "varied-ms-only-seed$seed" --seed $seed --negatives 0 --views ms-ms
     on_varied "varied-crops-seed$seed" --seed $seed --crop-area 0.25
 done
@@ -182,16 +182,15 @@ for seed in 0 1 2; do
     for run in varied varied-ms-only varied-crops negatives colour-ms-sar colour-ms-ms; do
         embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
     done
-    for run in varied negatives; do
-        for epoch in 10 30; do
-            embed "$run-epoch$epoch-seed$seed" --weights "$RUNS/$run-seed$seed/encoder-epoch00$epoch.safetensors" \
-                --bn reestimate
-        done
+    for at in varied:10 varied:30 negatives:10 negatives:30 negatives:70; do
+        run=${at%:*} epoch=${at#*:}
+        embed "$run-epoch$epoch-seed$seed" --weights "$RUNS/$run-seed$seed/encoder-epoch00$epoch.safetensors" \
+            --bn reestimate
     done
 done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
-for pair in "negatives varied" "negatives-epoch10 varied-epoch10" "varied-epoch10 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
+for pair in "negatives-epoch70 varied" "negatives-epoch10 varied-epoch10" "varied-epoch10 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
     for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
 done
 RESULTS=results/proof-other # data unlike the training pairs
@@ -209,14 +208,14 @@ for labels in 50 200 1000; do
     done
     for seed in 0 1 2; do
         probe $RGB --band Red --head linear --train-images $labels --bn reestimate \
-            --weights "$RUNS/negatives-seed$seed/encoder-epoch0030.safetensors"
+            --weights "$RUNS/negatives-seed$seed/encoder-epoch0070.safetensors"
     done
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-labels
 # probe.py's own table at 64 pixels: frozen, from scratch, fine-tuned; all labels and few
 say "frozen, from scratch, fine-tuned"
 RESULTS=results/proof-table
-OURS="$RUNS/negatives-seed0/encoder.safetensors"
+OURS="$RUNS/negatives-seed0/encoder-epoch0070.safetensors"
 for sensor in 1 2; do
     tr -d '\r' <"$DATA/s1s2_scenes/pairs.csv" | awk -F, -v data="$(cd "$DATA/s1s2_scenes" && pwd)" -v column=$sensor '
         NR == 1 { print "image,label" }
