@@ -854,7 +854,8 @@ def draw_lines(table: Table, lines: dict[str, Points], xlabel: str, whiskers: bo
             axis.fill_between(x, y - half, y + half, color=colours[line], alpha=0.35)
         means += list(y)
     axis.set_ylim(max(0, min(means) - 0.15 * max(means)), 1.15 * max(means) or 1)
-    axis.set(xlabel=xlabel, ylabel=f"{table.metric}, mean of {listed(bands)}")
+    where = "mean of " * (len(bands) > 1) + listed(bands)
+    axis.set(xlabel=xlabel, ylabel=f"{table.metric}, {where}")
     legend_below(figure, legend)
     return figure
 
