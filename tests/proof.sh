@@ -196,9 +196,19 @@ done
 RESULTS=results/proof-other # data unlike the training pairs
 for run in stats random varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 negatives-seed2; do
     weights=$run
-    [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors --bn reestimate"
+    [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder-epoch0070.safetensors --bn reestimate"
     probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 128 --head linear --weights $weights
     probe --dataset eurosat --root "$DATA/eurosat" --band all --head linear --weights $weights
+done
+for run in stats random negatives-seed0 negatives-seed1 negatives-seed2; do # the paper's head, after 13,350 steps
+    weights=$run
+    [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors --bn reestimate"
+    probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 128 --weights $weights
+    probe --dataset eurosat --root "$DATA/eurosat" --band all --weights $weights
+    probe $RGB --band Red --weights $weights
+    for few in "" "--train-images 50" "--train-images 200"; do
+        probe $RGB --band Red --size 128 $few --weights $weights
+    done
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-other
 RESULTS=results/proof-labels
