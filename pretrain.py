@@ -54,6 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # Settings -----------------------------------------------------------------------------------------
@@ -968,6 +969,11 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     return args, config, archive._replace(stats=stats), device
 
 
+def form_of(value: object) -> object:
+    """What two states of one run have in common, where their values differ."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
+
+
 def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
     """What learns (networks, optimizer, loss scaling) and where it stands: new, or resumed."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
@@ -983,7 +989,11 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
         if file.exists():
             if damaged := zipfile.ZipFile(file).testzip():  # torch does not verify checksums
                 raise ValueError(f"the checksum of {damaged}")
+            new = {name: part.state_dict() for name, part in parts.items()} | state
             state = torch.load(file, map_location="cpu", weights_only=True)
+            new["bad"] = {**state["bad"]}
+            if tree_map(form_of, new) != tree_map(form_of, state) or state["step"] < 0:
+                raise ValueError("it holds something else than such a run")
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))
     except Exception as error:  # a damaged file fails in many ways

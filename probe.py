@@ -1198,13 +1198,14 @@ def main(args: argparse.Namespace) -> None:
             check_bands(args.weights, bands, args.stats)
         if args.embed and len(asked) > 1:
             fail(2, "--embed writes one file: give one band, or three")
+        files = digest_files(file for each in images.files for file in each)
         if args.embed:
             return embed(args, images, asked[0])
         if images.labels is None:
             fail(1, f"{args.root}: no column label; without one only --embed works")
         images = images._replace(part=listed_parts(images, args))
         data = {
-            "files": digest_files(file for each in images.files for file in each),
+            "files": files,
             "images": digest_of([images.names, images.labels.tolist(), images.classes])[:16],
             "parts": images.part and digest_of(images.part), "places": images.bands,
             "bands_in_files": images.counts, "nodata": args.nodata,

@@ -58,8 +58,8 @@ if os.environ.get("CI"):
     flags.append("-Werror")
 links = ["-pthread"]
 if sanitizers := os.environ.get("BANDCROP_SANITIZE"):  # e.g. address,undefined
-    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"]
-    flags += ["-fno-omit-frame-pointer"]
+    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags += ["-fno-omit-frame-pointer", "-g"]
     links += [f"-fsanitize={sanitizers}"]
 
 setup(

@@ -129,6 +129,7 @@ done
 pretrain varied-paper --mode single --pairs "$RUNS/varied/pairs.csv" --s2-bands Red,Green,Blue --s1-bands VH --epochs 10
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
+TEN="--dataset eurosat --root $DATA/eurosat"
 BEST="$RUNS/plain-seed0/encoder-epoch0310.safetensors"
 
 # The page: the encoder that learnt, on every data set, beside random and scratch; its recipe's others
@@ -144,7 +145,7 @@ for weights in random "$RUNS/three/encoder.safetensors --bn reestimate" \
     probe $RGB --bands RGB --weights $weights
 done
 for weights in random stats "$BEST --bn reestimate" "scratch --epochs 50"; do
-    probe --dataset eurosat --root "$DATA/eurosat" --band all --weights $weights
+    probe $TEN --band all --weights $weights
 done
 for weights in random stats "$BEST --bn reestimate" "scratch --epochs 20"; do
     for size in 64 128; do
@@ -198,13 +199,13 @@ for run in stats random varied-seed0 varied-seed1 varied-seed2 negatives-seed0 n
     weights=$run
     [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder-epoch0070.safetensors --bn reestimate"
     probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 128 --head linear --weights $weights
-    probe --dataset eurosat --root "$DATA/eurosat" --band all --head linear --weights $weights
+    probe $TEN --band all --head linear --weights $weights
 done
 for run in stats random negatives-seed0 negatives-seed1 negatives-seed2; do # the paper's head, after 13,350 steps
     weights=$run
     [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors --bn reestimate"
     probe --dataset resisc45 --root "$DATA/resisc45" --band Red --size 128 --weights $weights
-    probe --dataset eurosat --root "$DATA/eurosat" --band all --weights $weights
+    probe $TEN --band all --weights $weights
     probe $RGB --band Red --weights $weights
     for few in "" "--train-images 50" "--train-images 200"; do
         probe $RGB --band Red --size 128 $few --weights $weights
@@ -231,7 +232,6 @@ for sensor in 1 2; do
         NR == 1 { print "image,label" }
         NR > 1 { print data "/" $column "," $3 }' >"$RUNS/scenes-s$sensor.csv"
 done
-TEN="--dataset eurosat --root $DATA/eurosat"
 RADAR="--dataset csv --root $RUNS/scenes-s1.csv --bands-in-file VH --band VH --size 64"
 OPTICAL="--dataset csv --root $RUNS/scenes-s2.csv --bands-in-file Red --band Red --size 64"
 for weights in stats random "$OURS --bn reestimate"; do

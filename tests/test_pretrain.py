@@ -808,13 +808,15 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
     assert "config.json is damaged" in refused(1, "--resume", "--out", copy_of)
 
 
-def test_a_checkpoint_of_something_else_is_refused(copy_of):
+def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
     file = copy_of / "checkpoint.pt"
     whole = torch.load(file, weights_only=True)
-    other = {name.replace("student", "pupil"): value for name, value in whole["byol"].items()}
-    for name, value in [("byol", other), ("optimizer", {})]:
+    for name, value in [("step", 2.5), ("step", -5), ("more", 3), ("bad", []), ("optimizer", {})]:
         torch.save(whole | {name: value}, file)
-        assert "of another version" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
+        assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
+    whole["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)  # a segmentation fault
+    torch.save(whole, file)
+    assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5)
 
 
 def test_only_a_torn_last_line_of_the_log_is_cut(copy_of, finished):
@@ -1154,6 +1156,7 @@ def test_a_gpu_trains_and_the_cpu_resumes(precision, gpu, archive, tmp_path):
     )
     if "has no bf16" in done.stderr:
         pytest.skip("this GPU has no bf16")
-    assert done.returncode == 0 and "pretrain.py:" not in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if "Not enough SMs" not in line]
+    assert done.returncode == 0 and not said, done.stderr
     trained("--resume", "--out", out, *NET, "--device", "cpu")
     assert all(math.isfinite(line["loss"]) for line in log_of(out))

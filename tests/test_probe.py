@@ -636,6 +636,8 @@ def test_the_same_image_twice_and_photos_among_geotiffs_are_refused(
     table(tmp_path / "t.csv", rows)
     argv = settings(tmp_path / "t.csv", tmp_path / "out", dataset="csv")
     refused(capsys, 1, argv, "line 3", "a table of each")
+    table(tmp_path / "t.csv", [{"image": one}, {"image": one}])
+    refused(capsys, 1, [*argv, "--embed", tmp_path / "x.npz"], "comes twice")
     table(tmp_path / "t.csv", [{"image": last, "label": "a"}])
     refused(capsys, 1, argv, "line 2", "no file")
     os.mkfifo(last)
