@@ -1105,8 +1105,9 @@ def main() -> int:
             return 128 + stop
     bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
     encoder = out / "encoder.safetensors"
+    data = f"csv --root LABELS.csv --bands-in-file {args.s2_bands}" if args.pairs else "eurosat"
     say(f"done in {timedelta(seconds=round(time.monotonic() - began))}: {encoder}\n"
-        f"next: python probe.py --dataset eurosat --band {','.join(bands)} \\\n"
+        f"next: python probe.py --dataset {data} --band {','.join(bands)} \\\n"
         f"    --bn reestimate --weights {shlex.quote(str(encoder))}")  # fmt: skip
     return 0
 

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import pretrain
+import probe
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -726,23 +728,43 @@ def test_resume_goes_on_with_what_the_last_resume_changed(copy_of, archive, tmp_
     assert f"pairs of {moved}" in said and "resumed at step 15 of 15" in said
 
 
-def test_other_partners_are_refused(archive, tmp_path):
-    root = tmp_path / "sen12ms"
-    shutil.copytree(archive, root)
-    s2 = sorted(root.glob("ROIs*/s2_*/*.tif"))
+@pytest.mark.parametrize("data", ["eurosat", "csv"])
+def test_what_a_run_says_to_type_next_is_right(archive, tmp_path, monkeypatch, data):
+    root = ["--root", archive]
+    if data == "csv":
+        root = ["--pairs", write_table(tmp_path / "pairs.csv", *sides_of(archive))]
+    out = tmp_path / "a run"
+    said = trained("--mode", "three", *root, *SMALL, "--max-steps", 1, "--out", out)
+    typed = shlex.split(said.partition("next: python probe.py ")[2].replace("\\\n", ""))
+    monkeypatch.chdir(tmp_path)
+    Path("data/eurosat").mkdir(parents=True)
+    Path("LABELS.csv").touch()
+    args = probe.arguments(typed)
+    assert (args.dataset, args.weights) == (data, str(out / "encoder.safetensors"))
+    assert (args.bands, args.bn) == ("Blue,Green,Red", "reestimate")
+    assert args.bands_in_file == (",".join(pretrain.SEN12MS_S2) if data == "csv" else None)
+
+
+def sides_of(archive: Path) -> tuple[list[Path], list[Path]]:
+    """The S1 and S2 files of an archive in SEN12MS layout, pair by pair."""
+    s2 = sorted(archive.glob("ROIs*/s2_*/*.tif"))
     s1 = [Path(str(path).replace("s2_", "s1_").replace("_s2", "_s1")) for path in s2]
     assert all(path.exists() for path in s1)
-    table, out = tmp_path / "pairs.csv", tmp_path / "run"
+    return s1, s2
 
-    def write(partners: list[Path]) -> None:
-        rows = "".join(f"{a},{b}\n" for a, b in zip(partners, s2, strict=True))
-        table.write_text("s1,s2\n" + rows)
 
-    write(s1)
+def write_table(table: Path, s1: list[Path], s2: list[Path]) -> Path:
+    table.write_text("s1,s2\n" + "".join(f"{a},{b}\n" for a, b in zip(s1, s2, strict=True)))
+    return table
+
+
+def test_other_partners_are_refused(archive, tmp_path):
+    s1, s2 = sides_of(shutil.copytree(archive, tmp_path / "sen12ms"))
+    table, out = write_table(tmp_path / "pairs.csv", s1, s2), tmp_path / "run"
     trained("--mode", "single", "--pairs", table, *SMALL, "--max-steps", 1, "--out", out)
-    write([*s1[1:], s1[0]])
+    write_table(table, [*s1[1:], s1[0]], s2)
     assert "other pairs" in refused(2, "--resume", "--out", out)
-    write(s1)
+    write_table(table, s1, s2)
     assert "resumed at step 1" in trained("--resume", "--out", out, "--max-steps", 2)
     table.write_text(table.read_text() + f"{s1[0]},{s2[0]}\n")  # a pair twice counts once
     assert "resumed at step 2" in trained("--resume", "--out", out, "--max-steps", 3)
@@ -1103,14 +1125,21 @@ def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, mon
     timm = SimpleNamespace(create_model=lambda name, in_chans, num_classes: Tiny(in_chans))
     monkeypatch.setitem(sys.modules, "timm", timm)
     names = {"Path": Path}
-    exec(readme_code("def augment"), names)
-    for swapped in ("make_encoder", "augment", "list_pairs"):
-        monkeypatch.setattr(pretrain, swapped, names[swapped])
+    exec(readme_code("def make_encoder"), names)
+    seen = []
+
+    def augment(x, draws, args):
+        seen.append((x.shape, draws.shape))
+        return x * (1 + draws[:, :1, None, None])
+
+    for swapped in (names["make_encoder"], names["list_pairs"], augment):
+        monkeypatch.setattr(pretrain, swapped.__name__, swapped)
     out = tmp_path / "run"
     said = trained("--mode", "single", "--root", tmp_path, *SMALL, "--epochs", 1, "--out", out)
     assert ": 8 pairs" in said
     shapes = {k: v.shape for k, v in load_file(out / "encoder.safetensors").items()}
     assert shapes == {"stem.weight": (12, 1, 3, 3), "stem.bias": (12,)}
+    assert seen == [((8, 1, 32, 32), (8, 7))] * 2  # two steps of four pairs
 
 
 # More than one process, and a GPU ----------------------------------------------------------------
