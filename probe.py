@@ -86,7 +86,7 @@ CHOICES: dict[str, list[tuple[str, float]]] = {  # settings tried on the validat
     "finetune": [("adamw", 1e-3), ("adamw", 1e-4)],  # learning rates
 }
 CHOSEN = {"linear": "l2_penalty", "knn": "neighbours"}  # as results say it; learning_rate else
-FINETUNE_STEPS = 600  # at least, however few the images
+LEAST_STEPS = 600  # of a head, or of an encoder with its head, however few the images
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -119,7 +119,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "as pre-trained (default), or of the unlabelled training images")
     add("--head", choices=["mlp", "linear", "knn"], default="mlp", help="the paper's (default), "
         "logistic regression or nearest neighbours; each on standardised features")
-    add("--epochs", type=int, default=100, help="of mlp, or of --finetune (100, paper)")
+    add("--epochs", type=int, default=100, help="of mlp, or of --finetune (100, paper); more "
+        "where the images are few: 600 steps at least")
     add("--seeds", type=int, default=1, metavar="K", help="0..K-1: split, draws, new weights (1)")
     add("--embed", type=Path, metavar="FILE.npz", help="features of every image; trains nothing")
     add("--cam", type=int, default=0, metavar="K", help="FullGrad maps of K test images, 64 at "
@@ -877,7 +878,7 @@ def fit_mlps(
     x: torch.Tensor, y: torch.Tensor, classes: int, settings: list[tuple[str, float]], epochs: int
 ) -> list[nn.Module]:
     """The paper's head on features [N, D] and labels int64 [N], once for each setting, side by side
-    on the same batches; the rates fall along a cosine.
+    on the same batches; the rates fall along a cosine. Few images get more epochs: LEAST_STEPS.
 
     They learn from standardised features, as otherwise the scale of a feature decides how fast it
     is learnt; what they return takes features as they are.
@@ -892,6 +893,7 @@ def fit_mlps(
         for head, (how, rate) in zip(heads, settings, strict=True)
     ]
     batches = -(-len(x) // HEAD_BATCH)  # of sizes that differ by one: none has a single row
+    epochs = max(epochs, -(-LEAST_STEPS // batches))
     falls = [torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs * batches) for o in optimisers]
     for _ in progress("head: epoch", range(epochs), epochs):
         for rows in torch.randperm(len(x), device=x.device).tensor_split(batches):
@@ -935,14 +937,14 @@ def predict(head: Any, x: torch.Tensor) -> np.ndarray:
 
 def fine_tune(setup: Setup, rows: np.ndarray, rate: float, seed: int) -> nn.Sequential:
     """Encoder and head, trained together on the images `rows`: AdamW, decay 0.05, one cycle, turned
-    and mirrored batches; where the images are few, as many epochs as make FINETUNE_STEPS."""
+    and mirrored batches; where the images are few, as many epochs as make LEAST_STEPS."""
     images, device, encoder = setup.images, setup.args.device, prepare(setup, rows, seed)
     torch.manual_seed(seed)
     head = build_head(encoder.width, len(images.classes)).to(device)
     model = nn.Sequential(encoder, head).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     batches = -(-len(rows) // ENCODE_BATCH)
-    epochs = max(setup.args.epochs, -(-FINETUNE_STEPS // batches))
+    epochs = max(setup.args.epochs, -(-LEAST_STEPS // batches))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches)
     rng = np.random.default_rng(seed)
     for _ in progress(f"learning rate {rate}: epoch", range(epochs), epochs):
@@ -1112,11 +1114,11 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
         "train_images": args.train_images, "size": args.size, "stats": args.stats,
         "head": args.head, "hidden": HIDDEN, "tried": CHOICES[args.head],
         "bf16": native_bf16(args.device), "epochs": args.epochs if args.head == "mlp" else None,
+        "least_steps": LEAST_STEPS if args.head == "mlp" else None,
     }  # fmt: skip
     settings = task | {
         "task": digest_of([scope, task]), "arch": weights.metadata["arch"],
         "bn": None if floor else args.bn, "finetune": args.finetune, "tried": CHOICES[kind],
-        "least_steps": FINETUNE_STEPS if args.finetune else None,
         "recipe": "decay 0.05, one cycle, turned and mirrored" if args.finetune else None,
         "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH,
     }  # fmt: skip

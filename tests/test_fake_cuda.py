@@ -112,6 +112,7 @@ def test_heads_train_on_the_gpu_and_never_wait(heads, fake_cuda, monkeypatch):
     made = map(to_fake_cuda, heads)
     monkeypatch.setattr(probe, "build_head", lambda *_: next(made))
     monkeypatch.setattr(nn.Module, "to", lambda head, device: head)  # they are there already
+    monkeypatch.setattr(probe, "LEAST_STEPS", 4)
     x = torch.empty(300, 512, device=CUDA)
     y = torch.empty(300, dtype=torch.int64, device=CUDA)
     found = probe.fit_mlps(x, y, 3, probe.CHOICES["mlp"], 2)

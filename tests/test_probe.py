@@ -135,7 +135,8 @@ def test_the_knn_head_votes_by_cosine_similarity():
     assert (probe.predict(head, new) == votes.argmax(1)).mean() > 0.97
 
 
-def test_mlp_heads_learn_separable_features_and_have_the_papers_layers():
+def test_mlp_heads_learn_separable_features_and_have_the_papers_layers(monkeypatch):
+    monkeypatch.setattr(probe, "LEAST_STEPS", 1)
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 300)
     x = torch.from_numpy((rng.normal(size=(300, 20)) + 4 * np.eye(20)[y]).astype(np.float32))
@@ -159,6 +160,7 @@ def test_heads_trained_side_by_side_are_those_trained_alone(monkeypatch):
         return probe.fit_mlps(x, y, 3, settings, 3)
 
     monkeypatch.setattr(probe, "build_head", same)
+    monkeypatch.setattr(probe, "LEAST_STEPS", 1)
     together = fit(probe.CHOICES["mlp"])
     for setting, head in zip(probe.CHOICES["mlp"], together, strict=True):
         [alone] = fit([setting])
@@ -166,8 +168,23 @@ def test_heads_trained_side_by_side_are_those_trained_alone(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-def test_the_scale_of_a_feature_does_not_decide_how_well_its_head_learns():
+def test_a_head_on_few_images_takes_as_many_steps_as_it_needs(monkeypatch):
+    """With 100 steps on 50 labels the statistics lost 0.05 F1, more than encoders did."""
+    x, y = features()
+
+    def fit(least, epochs):
+        monkeypatch.setattr(probe, "LEAST_STEPS", least)
+        torch.manual_seed(0)
+        [head] = probe.fit_mlps(x, y, 3, [("sgd", 0.01)], epochs)
+        return head[0].weight
+
+    assert len(x) <= probe.HEAD_BATCH  # one batch an epoch
+    assert torch.equal(fit(9, 1), fit(1, 9)) and torch.equal(fit(5, 9), fit(1, 9))
+
+
+def test_the_scale_of_a_feature_does_not_decide_how_well_its_head_learns(monkeypatch):
     """With raw features the statistics, which differ most in scale, lost 0.06 F1."""
+    monkeypatch.setattr(probe, "LEAST_STEPS", 1)
     x, y = features()
     x = torch.cat([x, torch.full((len(x), 1), 3.0)], 1)  # a constant one
     scale = torch.tensor([1, 1e-3, 1e3, 10, 0.1, 1, 1])
@@ -954,7 +971,7 @@ def test_progress_stands_in_a_log_file_once_a_minute(monkeypatch, capsys):
 def test_fine_tuning_trains_the_encoder_for_enough_steps_and_says_how(
     photos, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(probe, "FINETUNE_STEPS", 2)  # one batch: two epochs, of 24 images
+    monkeypatch.setattr(probe, "LEAST_STEPS", 2)  # one batch: two epochs, of 24 images
     monkeypatch.setitem(probe.CHOICES, "finetune", [("adamw", 1e-3)])
     tune, models, drawn = probe.fine_tune, [], []
     monkeypatch.setattr(probe, "fine_tune", lambda *a: models.append(tune(*a)) or models[-1])
