@@ -46,7 +46,7 @@ test: build-test  ## build, then run all tests
 DEMO_PROBE = $(PY) probe.py --dataset eurosat --root data/demo/eurosat --arch resnet18 --size 64 --band all --head knn --seeds 5 --out results/demo
 DEMO_SEGMENT = $(PY) segment.py --dataset dfc2020 --root data/demo/dfc2020 --band NIR --arch resnet18 --size 64 --num-images 24 --epochs 30 --maps 4 --out results/demo
 
-demo: build  ## everything once on synthetic tiles, one page: 4 minutes on 2 fast cores, 15 on slow ones
+demo: build  ## everything once on synthetic tiles, one page: 4 to 15 minutes
 	@rm -rf runs/demo results/demo
 	$(call stage,Synthetic tiles in the layouts of the real archives,$(PY) tests/synthetic.py data/demo --pairs 1280 --size 64)
 	$(call stage,Pre-training: a MS band against a SAR polarisation,$(PY) pretrain.py --mode single --recipe small --root data/demo/sen12ms --arch resnet18 --size 32 --batch-size 128 --lr 0.1 --crop-area 0.3 --epochs 40 --restart-epochs 40 --out runs/demo)
