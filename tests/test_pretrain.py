@@ -1124,15 +1124,19 @@ def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, mon
             shutil.copy(path, tmp_path / name / f"{place}.tif")
     timm = SimpleNamespace(create_model=lambda name, in_chans, num_classes: Tiny(in_chans))
     monkeypatch.setitem(sys.modules, "timm", timm)
-    names = {"Path": Path}
+    names: dict = {}
     exec(readme_code("def make_encoder"), names)
     seen = []
+
+    def list_pairs(args):
+        names = sorted(path.name for path in Path(args.root, "optical").glob("*.tif"))
+        return [(f"optical/{name}", f"radar/{name}") for name in names]
 
     def augment(x, draws, args):
         seen.append((x.shape, draws.shape))
         return x * (1 + draws[:, :1, None, None])
 
-    for swapped in (names["make_encoder"], names["list_pairs"], augment):
+    for swapped in (names["make_encoder"], list_pairs, augment):
         monkeypatch.setattr(pretrain, swapped.__name__, swapped)
     out = tmp_path / "run"
     said = trained("--mode", "single", "--root", tmp_path, *SMALL, "--epochs", 1, "--out", out)
