@@ -527,15 +527,20 @@ def paper_value(r: Result, metric: str, column: str) -> str:
     return ""
 
 
-def section_title(r: Result, sections: list[Result]) -> str:
-    """The data set and all its settings in one line; of a user's own data, where they lie."""
+def data_name(r: Result) -> str:
+    """The data set; of a user's own data, where they lie."""
     root = "/".join(Path(clean(r.config.get("root"))).parts[-2:])
-    name = DATASETS.get(r.dataset) or f"{r.dataset} {root}".strip()
-    twins = {s.data for s in sections if (s.dataset, s.stage) == (r.dataset, r.stage)}
+    return DATASETS.get(r.dataset) or f"{r.dataset} {root}".strip()
+
+
+def section_title(r: Result, sections: list[Result]) -> str:
+    """The data set and all its settings in one line."""
+    name, maps = data_name(r), "land cover maps" * (r.stage == "segment")
+    twins = {s.data for s in sections if (data_name(s), s.stage) == (name, r.stage)}
     parts = [
-        name + " (SYNTHETIC images)" * r.synthetic, "land cover maps" * (r.stage == "segment"),
+        name + " (SYNTHETIC images)" * r.synthetic, maps,
         r.subset, f"split {r.split}", f"{r.size} px" if r.size else "", f"{len(r.classes)} classes",
-        r.head, f"files {r.data}" if len(twins) > 1 else "",
+        r.head, f"files {r.data} (other paths, sizes or dates)" * (len(twins) > 1),
     ]  # fmt: skip
     return ", ".join(filter(None, parts))
 

@@ -225,7 +225,8 @@ $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-labels
 # probe.py's own table at 64 pixels: frozen, from scratch, fine-tuned; all labels and few
 say "frozen, from scratch, fine-tuned"
 RESULTS=results/proof-table
-OURS="$RUNS/negatives-seed0/encoder-epoch0070.safetensors"
+EARLY="$RUNS/negatives-seed0/encoder-epoch0070.safetensors"
+LATE="$RUNS/negatives-seed0/encoder-epoch0310.safetensors"
 for sensor in 1 2; do
     tr -d '\r' <"$DATA/s1s2_scenes/pairs.csv" | awk -F, -v data="$(cd "$DATA/s1s2_scenes" && pwd)" -v column=$sensor '
         NR == 1 { print "image,label" }
@@ -233,7 +234,7 @@ for sensor in 1 2; do
 done
 RADAR="--dataset csv --root $RUNS/scenes-s1.csv --bands-in-file VH --band VH --size 64"
 OPTICAL="--dataset csv --root $RUNS/scenes-s2.csv --bands-in-file Red --band Red --size 64"
-for weights in stats random "$OURS --bn reestimate"; do
+for weights in stats random "$EARLY --bn reestimate" "$LATE --bn reestimate"; do
     probe $RGB --band all --weights $weights
     probe $TEN --band all --weights $weights
     probe $TEN --band NIR --train-images 50 --weights $weights
@@ -245,8 +246,10 @@ for weights in stats random "$OURS --bn reestimate"; do
         probe $OPTICAL --train-images $labels --weights $weights
     done
 done
-for weights in scratch "$OURS --finetune"; do
+for weights in scratch "$EARLY --finetune"; do
     probe $RGB --band Red --epochs 15 --weights $weights
+done
+for weights in scratch "$LATE --finetune"; do
     probe $RADAR --epochs 15 --weights $weights
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-table

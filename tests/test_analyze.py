@@ -684,6 +684,18 @@ def test_different_settings_never_share_a_table(tmp_path, change):
     assert len({table.title for table in tables}) == 2
 
 
+def test_a_users_own_tables_are_named_by_where_they_lie(tmp_path):
+    """By a digest of their files only where two of one place differ."""
+    for name in ("radar", "optical"):
+        root = f"/home/me/{name}.csv"
+        write(tmp_path, result(dataset="csv", root=root, files=name, subset=None), name)
+    first, second = sorted(table.title for table in tables_of(tmp_path)[0])
+    assert "csv me/optical.csv" in first and "csv me/radar.csv" in second
+    assert "files" not in first + second
+    write(tmp_path, result(dataset="csv", root=root, files="copied anew", subset=None), "new")
+    assert sum("files" in table.title for table in tables_of(tmp_path)[0]) == 2
+
+
 @pytest.mark.parametrize("change", [
     {"arch": "resnet18"}, {"epochs": 10}, {"lr": 0.5}, {"bn": "reestimate"}, {"something_new": "b"},
 ])  # fmt: skip
