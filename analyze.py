@@ -535,10 +535,10 @@ def data_name(r: Result) -> str:
 
 def section_title(r: Result, sections: list[Result]) -> str:
     """The data set and all its settings in one line."""
-    name, maps = data_name(r), "land cover maps" * (r.stage == "segment")
+    name = data_name(r)
     twins = {s.data for s in sections if (data_name(s), s.stage) == (name, r.stage)}
     parts = [
-        name + " (SYNTHETIC images)" * r.synthetic, maps,
+        name + " (SYNTHETIC images)" * r.synthetic, "land cover maps" * (r.stage == "segment"),
         r.subset, f"split {r.split}", f"{r.size} px" if r.size else "", f"{len(r.classes)} classes",
         r.head, f"files {r.data} (other paths, sizes or dates)" * (len(twins) > 1),
     ]  # fmt: skip
