@@ -540,7 +540,7 @@ def section_title(r: Result, sections: list[Result]) -> str:
     parts = [
         name + " (SYNTHETIC images)" * r.synthetic, "land cover maps" * (r.stage == "segment"),
         r.subset, f"split {r.split}", f"{r.size} px" if r.size else "", f"{len(r.classes)} classes",
-        r.head, f"files {r.data} (other paths, sizes or dates)" * (len(twins) > 1),
+        r.head, f"{r.data} (other files, labels, split, band order or nodata)" * (len(twins) > 1),
     ]  # fmt: skip
     return ", ".join(filter(None, parts))
 

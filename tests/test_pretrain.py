@@ -1129,8 +1129,8 @@ def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, mon
     seen = []
 
     def list_pairs(args):
-        names = sorted(path.name for path in Path(args.root, "optical").glob("*.tif"))
-        return [(f"optical/{name}", f"radar/{name}") for name in names]
+        tiles = sorted(path.name for path in Path(args.root, "optical").glob("*.tif"))
+        return [(f"optical/{tile}", f"radar/{tile}") for tile in tiles]
 
     def augment(x, draws, args):
         seen.append((x.shape, draws.shape))
