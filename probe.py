@@ -270,12 +270,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
-    """A file for this result and no other: `identity` is the digest of all that determines it."""
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
-    return out / f"{stem}-{identity[:12]}-seed{seed}.json"
-
-
 def done_before(path: Path) -> bool:
     """Whether this result is there; says so, and whether another version of the script made it."""
     if not path.exists():
@@ -1124,8 +1118,8 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     }  # fmt: skip
     identity = digest_of([settings, bands, seed, name, weights.sha256 or weights.source])
     parts = [args.dataset, args.split, str(args.subset or "full"), name, *bands, str(args.size)]
-    path = result_path(args.out, parts, identity, seed)
-    png = path.with_name(path.stem + "-cam.png")
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + f"-{identity[:12]}-seed{seed}"
+    path, png = args.out / f"{stem}.json", args.out / f"{stem}-cam.png"
     if (png.exists() or not args.cam) and done_before(path):
         return path
 

@@ -221,12 +221,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def result_path(out: Path, parts: list[str], identity: str, seed: int) -> Path:
-    """A file for this result and no other: `identity` is the digest of all that determines it."""
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
-    return out / f"{stem}-{identity[:12]}-seed{seed}.json"
-
-
 def done_before(path: Path) -> bool:
     """Whether this result is there; says so, and whether another version of the script made it."""
     if not path.exists():
@@ -772,9 +766,10 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     arch = weights.metadata["arch"]
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
     identity = digest_of([task, bands, arch, weights.name, weights.sha256])
-    parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands]
-    path = result_path(args.out, [*parts, f"{len(classes)}classes"], identity, seed)
-    png = path.with_name(f"{path.stem}-maps.png")
+    count = f"{len(classes)}classes"
+    parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands, count]
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + f"-{identity[:12]}-seed{seed}"
+    path, png = args.out / f"{stem}.json", args.out / f"{stem}-maps.png"
     if (png.exists() or not args.maps) and done_before(path):
         return path
 
