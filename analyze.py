@@ -656,7 +656,9 @@ def verdict(tables: list[Table]) -> str:
         methods += [f"{t.method}, n = {t.n}" for t in tests if t.p == t.p]
     text = " ".join(clauses) + f" {len(rows) - 3} more in the tests below." * (len(rows) > 3)
     if methods := "; ".join(dict.fromkeys(methods)):
-        text += f" In brackets: 95 % interval and p after Holm ({methods})."
+        alone = not any(table.first(row).overlap for table, row in rows)
+        where = " for this one test set, not for other images" * alone
+        text += f" In brackets: 95 % interval and p after Holm{where} ({methods})."
     if any(row not in table.recipes for table, row in rows):
         text += " One encoder does not speak for its recipe: that takes three pre-trainings."
     return text

@@ -326,6 +326,7 @@ def test_tests_over_seeds_pair_the_seeds_and_widen_for_overlapping_splits(tmp_pa
     assert ("Nadeau and Bengio" in said) == bool(overlap)
     assert ("seeds redraw the head" in said) == (not overlap)
     assert ("Nadeau and Bengio" in analyze.verdict([table])) == bool(overlap)
+    assert ("for this one test set" in analyze.verdict([table])) == (not overlap)
 
 
 def test_few_labels_overlap_no_more_than_the_split_they_are_drawn_from(tmp_path):
