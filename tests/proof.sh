@@ -111,7 +111,7 @@ on_varied() { # 89 steps an epoch, cycles of 10, 20, 40, 80 and 160 epochs
         --recipe small --epochs 10 "$@"
 }
 for seed in 0 1 2; do
-    on_varied "varied-seed$seed" --seed $seed --negatives 0 --epochs 70 # encoders at 10, 30 and 70
+    on_varied "varied-seed$seed" --seed $seed --negatives 0 --epochs 150 # encoders at 10, 30, 70 and 150
     on_varied "negatives-seed$seed" --seed $seed --negatives 0.2 --epochs 310 # 2.5 hours with AVX-512
     on_varied "paper-seed$seed" --seed $seed --recipe paper --epochs 70
     on_varied "varied-ms-only-seed$seed" --seed $seed --negatives 0 --views ms-ms
@@ -178,11 +178,12 @@ embed() { # name, then flags
 }
 embed stats --weights stats
 embed random --weights random
+embed random-bn --weights random --bn reestimate
 for seed in 0 1 2; do
     for run in varied paper varied-ms-only varied-crops negatives colour-ms-sar colour-ms-ms; do
         embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
     done
-    for at in varied:010 varied:030 negatives:010 negatives:030 negatives:070 negatives:150; do
+    for at in varied:010 varied:030 varied:070 negatives:010 negatives:030 negatives:070 negatives:150; do
         run=${at%:*} epoch=${at#*:}
         embed "$run-epoch$epoch-seed$seed" --weights "$RUNS/$run-seed$seed/encoder-epoch0$epoch.safetensors" \
             --bn reestimate
@@ -190,8 +191,13 @@ for seed in 0 1 2; do
 done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
-for pair in "negatives-epoch070 varied" "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
+for pair in "negatives-epoch070 varied-epoch070" "negatives-epoch150 varied" "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
     for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
+done
+RESULTS=results/proof-scratch # README's last row: trained with the labels of the same list, one split
+for band in Red Green Blue; do
+    probe --dataset csv --root "$JUDGED/eurosat-test.csv" --bands-in-file Red,Green,Blue --band $band --size 64 --seeds 1 \
+        --epochs 30 --weights scratch
 done
 RESULTS=results/proof-other # data unlike the training pairs
 for run in stats random varied-seed0 varied-seed1 varied-seed2 negatives-seed0 negatives-seed1 negatives-seed2; do
@@ -227,13 +233,11 @@ say "frozen, from scratch, fine-tuned"
 RESULTS=results/proof-table
 EARLY="$RUNS/negatives-seed0/encoder-epoch0070.safetensors"
 LATE="$RUNS/negatives-seed0/encoder-epoch0310.safetensors"
-for sensor in 1 2; do
-    tr -d '\r' <"$DATA/s1s2_scenes/pairs.csv" | awk -F, -v data="$(cd "$DATA/s1s2_scenes" && pwd)" -v column=$sensor '
-        NR == 1 { print "image,label" }
-        NR > 1 { print data "/" $column "," $3 }' >"$RUNS/scenes-s$sensor.csv"
+for sensor in radar optical; do # the scenes that share no ground
+    { cat "$JUDGED/$sensor-val.csv" && tail -n +2 "$JUDGED/$sensor-test.csv"; } >"$RUNS/scenes-$sensor.csv"
 done
-RADAR="--dataset csv --root $RUNS/scenes-s1.csv --bands-in-file VH --band VH --size 64"
-OPTICAL="--dataset csv --root $RUNS/scenes-s2.csv --bands-in-file Red --band Red --size 64"
+RADAR="--dataset csv --root $RUNS/scenes-radar.csv --bands-in-file VH --band VH --size 64"
+OPTICAL="--dataset csv --root $RUNS/scenes-optical.csv --bands-in-file Red --band Red --size 64"
 for weights in stats random "$EARLY --bn reestimate" "$LATE --bn reestimate"; do
     probe $RGB --band all --weights $weights
     probe $TEN --band all --weights $weights
@@ -242,6 +246,8 @@ for weights in stats random "$EARLY --bn reestimate" "$LATE --bn reestimate"; do
     probe $OPTICAL --weights $weights
     for labels in 50 200 1000; do
         probe $RGB --band Red --train-images $labels --weights $weights
+    done
+    for labels in 50 200; do
         probe $RADAR --train-images $labels --weights $weights
         probe $OPTICAL --train-images $labels --weights $weights
     done
@@ -251,6 +257,7 @@ for weights in scratch "$EARLY --finetune"; do
 done
 for weights in scratch "$LATE --finetune"; do
     probe $RADAR --epochs 15 --weights $weights
+    probe $OPTICAL --epochs 15 --weights $weights
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-table
 
