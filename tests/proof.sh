@@ -160,7 +160,7 @@ $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof
 # Varied places: README's table. Each encoder's features of EuroSAT's bands and of labelled scenes by each sensor, at
 # two sizes, then tests/judge.py; and scores from few labels.
 say "varied places: features"
-JUDGED=results/proof-judged
+JUDGED=results/proof-scores
 $PYTHON tests/judge.py lists "$DATA" "$JUDGED"
 embed() { # name, then flags
     name=$1 && shift
@@ -191,7 +191,8 @@ for seed in 0 1 2; do
 done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
-for pair in "negatives-epoch070 varied-epoch070" "negatives-epoch150 varied" "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
+for pair in "negatives-epoch070 varied-epoch070" "negatives-epoch150 varied" "varied negatives-epoch070" "varied varied-epoch070" \
+    "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
     for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
 done
 RESULTS=results/proof-scratch # README's last row: trained with the labels of the same list, one split
@@ -217,17 +218,6 @@ for run in stats random negatives-seed0 negatives-seed1 negatives-seed2; do # th
     done
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-other
-RESULTS=results/proof-labels
-for labels in 50 200 1000; do
-    for weights in random stats; do
-        probe $RGB --band Red --head linear --train-images $labels --weights $weights
-    done
-    for seed in 0 1 2; do
-        probe $RGB --band Red --head linear --train-images $labels --bn reestimate \
-            --weights "$RUNS/negatives-seed$seed/encoder-epoch0070.safetensors"
-    done
-done
-$PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-labels
 # probe.py's own table at 64 pixels: frozen, from scratch, fine-tuned; all labels and few
 say "frozen, from scratch, fine-tuned"
 RESULTS=results/proof-table
