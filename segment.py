@@ -766,8 +766,8 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     arch = weights.metadata["arch"]
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
     identity = digest_of([task, bands, arch, weights.name, weights.sha256])
-    count = f"{len(classes)}classes"
-    parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands, count]
+    parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands]
+    parts.append(f"{len(classes)}classes")
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + f"-{identity[:12]}-seed{seed}"
     path, png = args.out / f"{stem}.json", args.out / f"{stem}-maps.png"
     if (png.exists() or not args.maps) and done_before(path):
