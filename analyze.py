@@ -169,6 +169,7 @@ class Result:
         about = config.get("encoder") or {}  # the metadata that pretrain.py wrote into the weights
 
         self.path, self.config, self.stage = path, config, stage
+        self.script = clean(saved.get("versions", {}).get("script"))  # its digest
         self.dataset, self.split = clean(saved["dataset"]), clean(saved["split"])
         subset = saved.get("subset")
         self.subset = WHOLE if subset is None else f"subset {int(subset)}"
@@ -1121,7 +1122,7 @@ def html_page(sections: list[list[Table]], runs: list[Run], embeddings: list[Pat
         parts.append("<h2>Tables and tests</h2>\n")
         parts += map(html_tables, itertools.chain(*sections))
     if lines := [f"<li>{escape(line)}</li>" for line in left_out + pictures.faults]:
-        parts.append(f"<h2>Left out</h2>\n<ul>{''.join(lines)}</ul>\n")
+        parts.append(f"<h2>Left out, and remarks</h2>\n<ul>{''.join(lines)}</ul>\n")
     return "".join([HEAD, *parts, "<p class=note>Made by analyze.py.</p>\n</body></html>\n"])
 
 
@@ -1158,6 +1159,10 @@ def main(argv: list[str] | None = None) -> int:
     faults: list[str] = []
     remarks: list[str] = []
     results = read_all(Result, [*args.results.rglob("*.json")], faults, remarks)
+    for (stage,), found in groups(results, "stage").items():
+        if (versions := len({r.script for r in found})) > 1:
+            remarks.append(f"{versions} versions of {stage}.py made these results: a difference "
+                           "may be theirs; a fresh --out makes all anew")  # fmt: skip
     runs = read_all(Run, [*args.runs.rglob("log.jsonl")] if args.runs else [], faults, remarks)
     embeddings = sorted(args.results.rglob("*.npz"))[:4]
     if not results and not runs:

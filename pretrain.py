@@ -537,7 +537,7 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
     for row, column in itertools.product(rows, ("s1", "s2")):
         if not (path.parent / row[column]).is_file():
             fail(1, f"{path}: line {row['line']}: column {column}: no file {row[column]!r}")
-    return [(row["s2"], row["s1"]) for row in rows]
+    return [(os.path.normpath(row["s2"]), os.path.normpath(row["s1"])) for row in rows]
 
 
 def find_bands(args: Namespace) -> dict[str, tuple[int, int, int]]:
@@ -589,7 +589,9 @@ def open_archive(args: Namespace) -> Archive:
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
-    about = {"used": len(names), "sha256": sha, "excluded": found - len(listed),
+    sizes = [os.path.getsize(path) for path in files[:, :: math.ceil(len(listed) / 1000)].flat]
+    content = hashlib.sha256(json.dumps([sha, *sizes]).encode()).hexdigest()
+    about = {"used": len(names), "sha256": sha, "files": content, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
                    np.array([*place.values()]), args.nodata, about)  # fmt: skip
@@ -612,8 +614,9 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
     except bandcrop.TileError as error:
         fail(1, f"{error} (--bad-tiles skip leaves it out; --s2-bands, --s1-bands count bands)")
     for name, m, s in zip(archive.bands, mean, std, strict=True):
-        if s == 0:
-            fail(1, f"band {name}/{BANDS[name]} is empty or constant in {len(chosen)} tiles")
+        if not 0 < s < 1e30:
+            fail(1, f"band {name}/{BANDS[name]}'s deviation over {len(chosen)} tiles is {s:.2g}: "
+                    "empty, constant, or a fill value without a tag (--nodata)?")  # fmt: skip
         if name in SAR and 0 < m < 10:
             warn(f"{name}'s mean is {m:.3g}: linear power? Decibels are expected: "
                  "gdal_calc.py -A FILE --allBands=A --calc='10*log10(A)' --outfile=DB.tif"
@@ -730,7 +733,7 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
         "name": config["name"], "epoch": f"{epoch:g}", "command": config["command"],
         "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
         "std": json.dumps(bands["std"]), "synthetic": str(pairs["synthetic"]).lower(),
-        "pairs": str(pairs["used"]), "archive": pairs["sha256"][:12],
+        "pairs": str(pairs["used"]), "archive": pairs.get("files", pairs["sha256"])[:12],
         "code": config["versions"].get("pretrain.py", ""),
     } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
     if settings["exclude"]:
@@ -952,9 +955,13 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     if RANK == 0:
         config = config or new_config(args, archive, device, precision)
     config = everyone(config)[0]
-    bands = config["bands"]
-    if (config["pairs"], bands["names"]) != (archive.about, archive.bands):
+    bands, began, now = config["bands"], config["pairs"], archive.about
+    other = [key for key in now if key != "files" and began.get(key) != now[key]]
+    if other or bands["names"] != archive.bands:
         fail(2, f"{args.out} was started with other pairs or bands: choose another --out")
+    if began.get("files", now["files"]) != now["files"]:
+        warn("files of the archive have other sizes than at the start: fine if repacked; if they "
+             "show other places, choose another --out")  # fmt: skip
     if config["versions"].get("pretrain.py") != CODE:
         warn(f"{args.out} was started by another version of this script")
     config |= {"name": run_name(args, pairs), "settings": vars(args)}

@@ -558,8 +558,10 @@ def set_up(args: argparse.Namespace, images: Images, bands: list[str], rows: np.
             sums += np.array([np.ones_like(photo), photo, photo**2]).sum((2, 3))  # [3, C]
         mean, squares = sums[1:] / sums[0]
         std = np.sqrt(np.maximum(squares - mean**2, 0))
-    if not std.all():
-        fail(1, f"band {bands[std.argmin()]} is constant over the {len(rows)} training images")
+    for band, deviation in zip(bands, std, strict=True):
+        if not 0 < deviation < 1e30:
+            fail(1, f"band {band} of {len(rows)} training images has deviation {deviation:.2g}: "
+                    "constant, or a fill value without a tag (--nodata)?")  # fmt: skip
     return Setup(args, images, bands, mean.tolist(), std.tolist())
 
 
@@ -1105,14 +1107,15 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
         name += " fine-tuned"
     scope = {"dataset": args.dataset, "split": args.split, "subset": args.subset}
     task = data | {  # but for weights, band and seed, all that determines the result
-        "train_images": args.train_images, "size": args.size, "stats": args.stats,
+        "train_images": args.train_images, "size": args.size,
         "head": args.head, "hidden": HIDDEN, "tried": CHOICES[args.head],
         "bf16": native_bf16(args.device), "epochs": args.epochs if args.head == "mlp" else None,
         "least_steps": LEAST_STEPS if args.head == "mlp" else None,
     }  # fmt: skip
     settings = task | {
         "task": digest_of([scope, task]), "arch": weights.metadata["arch"],
-        "bn": None if floor else args.bn, "finetune": args.finetune, "tried": CHOICES[kind],
+        "stats": args.stats, "bn": None if floor else args.bn,
+        "finetune": args.finetune, "tried": CHOICES[kind],
         "recipe": "decay 0.05, one cycle, turned and mirrored" if args.finetune else None,
         "batch": ENCODE_BATCH if args.finetune else HEAD_BATCH,
     }  # fmt: skip

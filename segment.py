@@ -678,8 +678,10 @@ def band_statistics(
         where = [about["bands"].index(band) for band in bands]
         return np.array([about["mean"], about["std"]], float)[:, where]
     norm = np.array(bandcrop.statistics(**source(tiles, rows, bands)))
-    if not norm[1].all():
-        fail(1, f"band {bands[norm[1].argmin()]} is constant over the training tiles")
+    for band, deviation in zip(bands, norm[1], strict=True):
+        if not 0 < deviation < 1e30:
+            fail(1, f"band {band} of {len(rows)} training tiles has deviation {deviation:.2g}: "
+                    "constant, or a fill value without a tag (--nodata)?")  # fmt: skip
     return norm
 
 
@@ -759,13 +761,13 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     scope = {"dataset": args.dataset, "split": args.split, "subset": len(drawn)}
     settings = {
         "size": tiles.masks.shape[-1], "epochs": args.epochs, "batch": args.batch_size,
-        "lr": LEARNING_RATE, "stats": args.stats, "classes": classes, "ignored": args.ignore,
+        "lr": LEARNING_RATE, "classes": classes, "ignored": args.ignore,
         "files": tiles.digest, "places": tiles.bands, "nodata": tiles.nodata,
         "bf16": native_bf16(device),
     }  # fmt: skip
     arch = weights.metadata["arch"]
     task = digest_of([scope, settings])  # equal: comparable, band by band and seed by seed
-    identity = digest_of([task, bands, arch, weights.name, weights.sha256])
+    identity = digest_of([task, args.stats, bands, arch, weights.name, weights.sha256])
     parts = [args.dataset, args.split, str(len(drawn)), weights.name, *bands]
     parts.append(f"{len(classes)}classes")
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + f"-{identity[:12]}-seed{seed}"
@@ -786,7 +788,8 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
         "schema": 1, "stage": "segment", **scope, "bands": bands, "seed": seed, "metrics": metrics,
         "weights": {"name": weights.name, "source": weights.source, "sha256": weights.sha256},
         "config": settings | about | {
-            "task": task, "identity": identity, "arch": arch, "train": len(used), "test": len(test),
+            "task": task, "identity": identity, "stats": args.stats, "arch": arch,
+            "train": len(used), "test": len(test),
             "root": str(args.root), "device": device.type, "synthetic": tiles.synthetic,
             "unseen_bands": unseen, "encoder": weights.metadata,
         },

@@ -865,6 +865,16 @@ def test_results_of_synthetic_images_stand_in_a_report_of_their_own(tree, report
     assert "SEN12MS (SYNTHETIC images)" in page
 
 
+def test_results_of_two_versions_of_a_script_are_told_of(tmp_path, capsys, undrawn):
+    for seed, script in enumerate(("aaa", "aaa", "bbb")):
+        write(tmp_path / "results", result(seed=seed, versions={"script": script}))
+    assert analyze.main([str(tmp_path / "results"), "--out", str(tmp_path / "report")]) == 0
+    assert "2 versions of probe.py made these results" in capsys.readouterr().out
+    (tmp_path / "results/probe-eurosat-7000-Red-RS-BYOL-1-seed2.json").unlink()
+    assert analyze.main([str(tmp_path / "results"), "--out", str(tmp_path / "report")]) == 0
+    assert "versions of" not in capsys.readouterr().out
+
+
 # ---- what is left out
 
 

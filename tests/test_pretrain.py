@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import scipy.stats
+import tifffile
 import torch
 import torchvision
 from conftest import in_process
@@ -770,12 +771,38 @@ def test_other_partners_are_refused(archive, tmp_path):
     assert "resumed at step 2" in trained("--resume", "--out", out, "--max-steps", 3)
 
 
+def test_files_of_other_sizes_under_the_same_names_are_told_of(archive, tmp_path):
+    root, out = shutil.copytree(archive, tmp_path / "sen12ms"), tmp_path / "run"
+    trained("--mode", "single", "--root", root, *SMALL, "--max-steps", 1, "--out", out)
+    began = json.loads((out / "config.json").read_text())["pairs"]
+    for path in root.glob("ROIs*/*/*.tif"):
+        pixels = np.pad(tifffile.imread(path), [(0, 1), (0, 1), (0, 0)], "edge")
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    status, _, err = here("--resume", "--out", out, "--max-steps", 2)
+    assert status == 0 and "other sizes than at the start" in err
+    assert json.loads((out / "config.json").read_text())["pairs"] == began
+    trained("--mode", "single", "--root", root, *SMALL, "--max-steps", 1, "--out", tmp_path / "new")
+    new = json.loads((tmp_path / "new/config.json").read_text())["pairs"]
+    assert new["sha256"] == began["sha256"] and new["files"] != began["files"]
+
+
+@pytest.mark.parametrize("value", [-21.77, -3.4e38])
+def test_a_constant_band_and_an_untagged_fill_value_are_refused(archive, tmp_path, value):
+    root = shutil.copytree(archive, tmp_path / "sen12ms")
+    for path in root.glob("ROIs*/s1_*/*.tif"):
+        pixels = tifffile.imread(path)
+        pixels[: 2 if value < -1e30 else None, :, 0] = value
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    arguments = ["--mode", "single", "--root", root, *SMALL, "--out", tmp_path / "run"]
+    assert "SAR1/VV's deviation" in refused(1, *arguments, "--max-steps", 1)
+
+
 def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
     with safe_open(copy_of / "encoder.safetensors", "pt") as file:
         about = file.metadata()
     assert about["code"] == pretrain.CODE
     config = json.loads((copy_of / "config.json").read_text())
-    assert about["archive"] == config["pairs"]["sha256"][:12]
+    assert about["archive"] == config["pairs"]["files"][:12]
     config["versions"]["pretrain.py"] = "another"
     (copy_of / "config.json").write_text(json.dumps(config))
     status, _, err = here("--resume", "--out", copy_of)

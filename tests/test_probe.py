@@ -583,6 +583,28 @@ def test_weights_whose_channels_do_not_match_are_refused(photos, tmp_path, capsy
     refused(capsys, 2, argv, "w.pth", f"{channels}-channel encoder, {3 if band == 'RGB' else 1} ba")
 
 
+@pytest.mark.parametrize("value, said", [(-21.77, "deviation 0:"), (-3.4e38, "--nodata")])
+def test_a_constant_band_and_an_untagged_fill_value_are_refused(tmp_path, capsys, value, said):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        pixels = rng.normal(-10, 3, (40, 40)).astype(np.float32)
+        pixels[: 2 if value < -1e30 else None] = value
+        tifffile.imwrite(tmp_path / f"{i}.tif", pixels)
+    table(tmp_path / "t.csv", [{"image": f"{i}.tif", "label": "ab"[i % 2]} for i in range(20)])
+    argv = settings(tmp_path / "t.csv", tmp_path, "--bands-in-file", "VV", dataset="csv", band="VV")
+    refused(capsys, 1, argv, "band SAR1 of 16 training images", said)
+
+
+def test_a_recipe_of_its_own_statistics_stands_beside_the_floor(photos, tmp_path, capsys, quick):
+    file = write_encoder(tmp_path / "encoder.safetensors")
+    probe_run(photos, tmp_path, weights="stats")
+    probe_run(photos, tmp_path, "--stats", "encoder", weights=file)
+    ours, floor = sorted(results(tmp_path), key=lambda r: r["weights"]["name"])
+    assert ours["config"]["task"] == floor["config"]["task"]
+    table = capsys.readouterr().out.rpartition("f1_macro")[2].splitlines()
+    assert table[1].split() == ["band", "RS-BYOL-1", "stats"]
+
+
 def test_weights_that_are_no_encoder_are_refused(photos, tmp_path, capsys):
     file = tmp_path / "encoder.safetensors"
     safetensors.torch.save_file({"conv1.weight": torch.zeros(2)}, file)

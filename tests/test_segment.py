@@ -123,6 +123,13 @@ def test_a_mask_value_that_is_no_class_is_named_or_ignored_as_asked(
         assert (tiles.masks[:, 9:] == before.masks[:, 9:]).all()
 
 
+def test_a_constant_band_is_refused(table, tmp_path, capsys):
+    root = shutil.copytree(table.parent, tmp_path / "data")
+    for path in root.glob("s2/*.tif"):
+        write_tile(path, np.full((40, 40, 4), 1000, np.uint16))
+    refused(capsys, 1, settings(root / "tiles.csv", tmp_path), "band Blue of 8 training tiles")
+
+
 def test_classes_name_the_ids_that_are_not_ignored(table, tmp_path):
     tiles, args = tiles_of(table, tmp_path, "--classes", "z,a,c,d", "--ignore", "2,9")
     raw = np.stack([tifffile.imread(table.parent / f"mask/{n}.tif") for n in range(12)])
@@ -403,7 +410,7 @@ def test_whatever_determines_a_result_makes_another_one_when_it_changes(
     ]  # fmt: skip
     for flag in flags:
         assert new(*flag) == 1, flag
-        same = flag[0] in ("--weights", "--seeds")  # what a table may set side by side
+        same = flag[0] in ("--weights", "--seeds", "--stats")  # what a table may set side by side
         assert (tasks[-1] == tasks[0]) == same, flag
         assert new(*flag) == 0, flag
     assert new(band="B08") == 1 and tasks[-1] == tasks[0]

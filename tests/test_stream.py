@@ -320,6 +320,21 @@ def test_statistics_leave_out_each_files_own_nodata(tmp_path):
     np.testing.assert_array_equal(alone, (mean, std))
 
 
+@pytest.mark.parametrize(
+    "dtype, value, deviation",
+    [
+        (np.float32, -21.77, 0), (np.float64, 1e-3, 0), (np.uint16, 65000, 0),
+        (np.float64, np.finfo(np.float64).min, np.inf),
+    ],
+)  # fmt: skip
+def test_statistics_of_equal_samples_and_of_ones_too_large(tmp_path, dtype, value, deviation):
+    paths = [str(tmp_path / f"{i}.tif") for i in range(37)]
+    for path in paths:
+        tifffile.imwrite(path, np.full((60, 60), value, dtype))
+    _, std = bandcrop.statistics(paths, [[0]] * 37)
+    assert std.tolist() == [deviation]
+
+
 def test_statistics_refuse_or_leave_out_a_file_of_other_bands(tiles, tmp_path):
     odd = str(tmp_path / "odd.tif")
     tifffile.imwrite(odd, np.zeros((2, 8, 8), np.float32), planarconfig="separate",

@@ -98,6 +98,7 @@ def stream(
         under_way.clear()  # cancels what has not started and waits for what has
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def statistics(
     paths: Iterable[Any],
     bands: npt.ArrayLike,
@@ -108,7 +109,8 @@ def statistics(
     """Mean and standard deviation of C channels over every sample of N tiles, float64 [C] each.
 
     paths (any iterable), bands, bands_in_file and nodata as for Reader.fill, whole tiles. Samples
-    that are not finite or nodata are left out; a channel without any has mean and deviation 0.
+    that are not finite or nodata are left out; a channel without any has mean and deviation 0, one
+    whose samples are all equal has deviation 0, one of samples too large to be squared infinity.
     bad="report" leaves out tiles that cannot be read; "raise" raises TileError.
     """
     chosen = np.asarray(bands)
@@ -137,5 +139,8 @@ def statistics(
                 good = x[np.isfinite(x) & (x != tile.nodata)].astype(np.float64)
                 moments[:, c] += good.size, good.sum(), np.square(good).sum()
     count, total, square = moments
-    mean = total / np.maximum(count, 1)
-    return mean, np.sqrt(np.maximum(square / np.maximum(count, 1) - mean**2, 0))
+    mean, power = total / np.maximum(count, 1), square / np.maximum(count, 1)  # power: of squares
+    variance = power - mean**2
+    variance[variance <= 1e-14 * power] = 0  # what rounding leaves of equal samples
+    variance[np.isnan(variance)] = np.inf
+    return mean, np.sqrt(variance)
