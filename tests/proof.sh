@@ -121,11 +121,17 @@ on_varied varied-lr --lr 0.1
 on_varied varied-temperature --negatives 0.1
 # Without s1s2_scenes, whose optical images are grey: MS and SAR against MS only
 grep -v s1s2_scenes "$RUNS/varied/pairs.csv" >"$RUNS/varied/colour.csv"
+on_colour() { # name, seed, views, then flags
+    name=$1 seed=$2 views=$3 && shift 3
+    pretrain "$name-seed$seed" --mode single --views $views --pairs "$RUNS/varied/colour.csv" \
+        --s2-bands Red,Green,Blue --s1-bands VH --recipe small --seed $seed "$@"
+}
 for seed in 0 1 2; do
     for views in ms-sar ms-ms; do
-        pretrain "colour-$views-seed$seed" --mode single --views $views --pairs "$RUNS/varied/colour.csv" \
-            --s2-bands Red,Green,Blue --s1-bands VH --recipe small --epochs 24 --restart-epochs 24 --seed $seed
+        on_colour "colour-$views" $seed $views --epochs 24 --restart-epochs 24
+        on_colour "claim-$views" $seed $views --epochs 150 # half an hour each
     done
+    on_colour colour-blurred $seed ms-ms --epochs 24 --restart-epochs 24 --blur 1,0.1 --erase 0.5
 done
 
 RGB="--dataset eurosat-rgb --root $DATA/eurosat_rgb"
@@ -177,10 +183,12 @@ embed() { # name, then flags
     done
 }
 embed stats --weights stats
+for size in 64 128; do $PYTHON tests/judge.py texture "$JUDGED" $size; done # a higher floor
 embed random --weights random
 embed random-bn --weights random --bn reestimate
 for seed in 0 1 2; do
-    for run in varied paper varied-ms-only varied-crops negatives colour-ms-sar colour-ms-ms; do
+    for run in varied paper varied-ms-only varied-crops negatives colour-ms-sar colour-ms-ms colour-blurred \
+        claim-ms-sar claim-ms-ms; do
         embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
     done
     for at in varied:010 varied:030 varied:070 negatives:010 negatives:030 negatives:070 negatives:150; do
@@ -192,10 +200,11 @@ done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
 for pair in "negatives-epoch070 varied-epoch070" "negatives-epoch150 varied" "varied negatives-epoch070" "varied varied-epoch070" \
-    "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms"; do
+    "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms" \
+    "colour-ms-sar colour-blurred" "claim-ms-sar claim-ms-ms"; do
     for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
 done
-RESULTS=results/proof-scratch # README's last row: trained with the labels of the same list, one split
+RESULTS=results/proof-scratch # trained with the labels of the same list, one split
 for band in Red Green Blue; do
     probe --dataset csv --root "$JUDGED/eurosat-test.csv" --bands-in-file Red,Green,Blue --band $band --size 64 --seeds 1 \
         --epochs 30 --weights scratch
