@@ -116,6 +116,7 @@ for seed in 0 1 2; do
     on_varied "paper-seed$seed" --seed $seed --recipe paper --epochs 70
     on_varied "varied-ms-only-seed$seed" --seed $seed --negatives 0 --views ms-ms
     on_varied "varied-crops-seed$seed" --seed $seed --crop-area 0.25
+    on_varied "varied-fast-seed$seed" --seed $seed --negatives 0 --lr 0.06
 done
 on_varied varied-lr --lr 0.1
 on_varied varied-temperature --negatives 0.1
@@ -187,7 +188,7 @@ for size in 64 128; do $PYTHON tests/judge.py texture "$JUDGED" $size; done # a 
 embed random --weights random
 embed random-bn --weights random --bn reestimate
 for seed in 0 1 2; do
-    for run in varied paper varied-ms-only varied-crops negatives colour-ms-sar colour-ms-ms colour-blurred \
+    for run in varied paper varied-ms-only varied-crops varied-fast negatives colour-ms-sar colour-ms-ms colour-blurred \
         claim-ms-sar claim-ms-ms; do
         embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
     done
@@ -201,7 +202,8 @@ say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
 for pair in "negatives-epoch070 varied-epoch070" "negatives-epoch150 varied" "varied negatives-epoch070" "varied varied-epoch070" \
     "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms" \
-    "colour-ms-sar colour-blurred" "claim-ms-sar claim-ms-ms"; do
+    "colour-ms-sar colour-blurred" "claim-ms-sar claim-ms-ms" \
+    "varied-fast varied-epoch010" "negatives-epoch010 varied-fast"; do
     for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
 done
 RESULTS=results/proof-scratch # trained with the labels of the same list, one split
