@@ -956,8 +956,7 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
         config = config or new_config(args, archive, device, precision)
     config = everyone(config)[0]
     bands, began, now = config["bands"], config["pairs"], archive.about
-    other = [key for key in now if key != "files" and began.get(key) != now[key]]
-    if other or bands["names"] != archive.bands:
+    if (began | {"files": ""}, bands["names"]) != (now | {"files": ""}, archive.bands):
         fail(2, f"{args.out} was started with other pairs or bands: choose another --out")
     if began.get("files", now["files"]) != now["files"]:
         warn("files of the archive have other sizes than at the start: fine if repacked; if they "

@@ -3,7 +3,7 @@
     python tests/judge.py lists DATA FOLDER    # FOLDER/{eurosat,optical,radar}-{val,test}.csv
     python tests/judge.py texture FOLDER SIZE  # FOLDER/texture@..., where FOLDER/stats@... is
     python tests/judge.py table FOLDER [SIZE]  # of FOLDER/NAME@SIZE@COLUMN@{val,test}.npz
-    python tests/judge.py versus FOLDER SIZE A B    # one recipe less another
+    python tests/judge.py versus FOLDER SIZE A B [C D ...]    # A less B, C less D, ...
 
 After the first, `probe.py --embed` writes the features of each list, by each encoder, at each size:
 tests/proof.sh has the loop. A third of 3,000 EuroSAT JPEGs and of the labelled scenes that share no
@@ -16,6 +16,7 @@ of one encoder, over the splits alone.
 """
 
 import csv
+import functools
 import itertools
 import re
 import sys
@@ -111,23 +112,22 @@ def local_patterns(x: np.ndarray) -> np.ndarray:
 def write_texture(folder: Path, size: str) -> None:
     """The features of a higher floor: those of `--weights stats`, and each image's patterns."""
     for column in COLUMNS:
-        bands = 3 if column in COLUMNS[PARTS["EuroSAT"]] else 1
+        bands, band = (1, 0) if column in SENSORS else (3, COLUMNS.index(column))
         for part in ("val", "test"):
             file = np.load(folder / f"stats@{size}@{column}@{part}.npz")
             photos = [probe.open_photo(name, int(size), bands) for name in file["names"]]
-            band = COLUMNS.index(column) if bands == 3 else 0
             patterns = np.stack([local_patterns(photo[band]) for photo in photos])
             features = np.hstack([file["features"], patterns]).astype(np.float32)
             np.savez(folder / f"texture@{size}@{column}@{part}.npz", features=features,
                      labels=file["labels"], names=file["names"])  # fmt: skip
 
 
-def splits(x: np.ndarray, y: np.ndarray, places: list[str] | None) -> list[tuple]:
+def splits(y: np.ndarray, places: list[str] | None) -> list[tuple]:
     """Five of 80 and 20 %; where tiles lie in few `places`, twenty with no place in both parts."""
     if places is None:
-        return [*StratifiedShuffleSplit(5, test_size=0.2, random_state=0).split(x, y)]
+        return [*StratifiedShuffleSplit(5, test_size=0.2, random_state=0).split(y, y)]
     folds = [StratifiedGroupKFold(5, shuffle=True, random_state=seed) for seed in range(4)]
-    return [split for fold in folds for split in fold.split(x, y, places)]
+    return [split for fold in folds for split in fold.split(y, y, places)]
 
 
 def scores(
@@ -135,7 +135,7 @@ def scores(
 ) -> np.ndarray:
     """Macro F1, over the classes to be found, of each split."""
     found = []
-    for fit, test in splits(x, y, places):
+    for fit, test in splits(y, places):
         if head == "paper's head":
             torch.manual_seed(0)
             known, classes = map(torch.from_numpy, (x[fit], y[fit])), len(np.unique(y))
@@ -151,6 +151,7 @@ def scores(
     return np.array(found)
 
 
+@functools.cache  # a recipe stands in several pairs
 def judge(folder: Path, name: str, size: str, column: str, head: str) -> np.ndarray:
     """The test list's scores with the value that the validation list likes best.
 
@@ -195,7 +196,7 @@ def compare(what: str, column: str, ours: np.ndarray, other: np.ndarray) -> None
           f"{spread}", flush=True)  # fmt: skip
 
 
-def print_versus(folder: Path, size: str, *recipes: str) -> None:
+def print_versus(folder: Path, size: str, recipes: tuple[str, str]) -> None:
     """The first recipe's scores less the second's."""
     for head in HEADS:
         both = []  # of each recipe: float [runs, columns, splits]
@@ -215,7 +216,8 @@ if __name__ == "__main__":
     if what == "lists":
         write_lists(*map(Path, words))
     elif what == "versus":
-        print_versus(Path(words[0]), *words[1:])
+        for pair in zip(words[2::2], words[3::2], strict=True):
+            print_versus(Path(words[0]), words[1], pair)
     elif what == "texture":
         write_texture(Path(words[0]), words[1])
     else:

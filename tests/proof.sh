@@ -200,11 +200,11 @@ for seed in 0 1 2; do
 done
 say "varied places: scores"
 $PYTHON tests/judge.py table "$JUDGED"
-for pair in "negatives-epoch070 varied-epoch070" "negatives-epoch150 varied" "varied negatives-epoch070" "varied varied-epoch070" \
-    "negatives-epoch010 varied-epoch010" "varied-epoch010 varied-ms-only" "colour-ms-sar colour-ms-ms" \
-    "colour-ms-sar colour-blurred" "claim-ms-sar claim-ms-ms" \
-    "varied-fast varied-epoch010" "negatives-epoch010 varied-fast"; do
-    for size in 64 128; do $PYTHON tests/judge.py versus "$JUDGED" $size $pair; done
+for size in 64 128; do
+    $PYTHON tests/judge.py versus "$JUDGED" $size negatives-epoch070 varied-epoch070 negatives-epoch150 varied \
+        varied negatives-epoch070 varied varied-epoch070 negatives-epoch010 varied-epoch010 \
+        varied-epoch010 varied-ms-only colour-ms-sar colour-ms-ms colour-ms-sar colour-blurred \
+        claim-ms-sar claim-ms-ms varied-fast varied-epoch010 negatives-epoch010 varied-fast
 done
 RESULTS=results/proof-scratch # trained with the labels of the same list, one split
 for band in Red Green Blue; do

@@ -33,11 +33,11 @@ def test_tiles_linked_by_shared_ground_are_one_place(tmp_path):
 
 def test_no_place_is_in_both_parts_of_a_split():
     y, places = np.arange(200) % 4, np.arange(200) // 10
-    found = judge.splits(y[:, None], y, places)
+    found = judge.splits(y, places)
     assert len(found) == 20 and len({tuple(test) for _, test in found}) > 5
     for fit, test in found:
         assert not {*places[fit]} & {*places[test]} and len(fit) + len(test) == 200
-    assert len(judge.splits(y[:, None], y, None)) == 5
+    assert len(judge.splits(y, None)) == 5
 
 
 def test_local_patterns_by_hand():
