@@ -171,11 +171,11 @@ def print_table(folder: Path, size: str) -> None:
     names = sorted({path.name.split("@")[0] for path in folder.glob(f"*@{size}@radar@test.npz")})
     for head in HEADS:
         print(f"\n{head}, {size} px: {', '.join(COLUMNS)}", flush=True)
-        found = {}  # name: float [columns, splits]
+        found = {}  # name: of each column float [splits]
         for name in names:
-            found[name] = np.stack([judge(folder, name, size, c, head) for c in COLUMNS])
-            print(f"{name:24}", *(f"{value:.3f}" for value in found[name].mean(1)), flush=True)
-        recipes: dict[str, list[np.ndarray]] = {}
+            found[name] = [judge(folder, name, size, c, head) for c in COLUMNS]
+            print(f"{name:24}", *(f"{value.mean():.3f}" for value in found[name]), flush=True)
+        recipes: dict[str, list[list[np.ndarray]]] = {}
         for name in names:
             recipes.setdefault(re.sub(r"-seed\d+", "", name), []).append(found[name])
         for floor, name in itertools.product(FLOORS, recipes):
@@ -183,12 +183,12 @@ def print_table(folder: Path, size: str) -> None:
                 continue
             for column in PARTS:
                 what = f"{name}, {len(recipes[name])} pre-trainings, less {floor}, {column}"
-                compare(what, column, np.stack(recipes[name]), found[floor][None])
+                compare(what, column, recipes[name], [found[floor]])
 
 
-def compare(what: str, column: str, ours: np.ndarray, other: np.ndarray) -> None:
-    """Print the difference of scores float [runs, columns, splits], in one of PARTS."""
-    both = [scores[:, PARTS[column]].mean(1) for scores in (ours, other)]  # [runs, splits]
+def compare(what: str, column: str, *both_runs: list[list[np.ndarray]]) -> None:
+    """Print the difference of the scores [splits] of each run's columns, in one of PARTS."""
+    both = [np.array([np.mean(run[PARTS[column]], 0) for run in runs]) for runs in both_runs]
     test = t_test_over_seeds(Test("over pre-trainings", "", "F1", "", ""), *both, OVERLAP)
     spread = "".join(f", standard deviation {each.mean(1).std(ddof=1):.3f}"
                      for each in both if len(each) > 1)  # fmt: skip
@@ -199,13 +199,13 @@ def compare(what: str, column: str, ours: np.ndarray, other: np.ndarray) -> None
 def print_versus(folder: Path, size: str, recipes: tuple[str, str]) -> None:
     """The first recipe's scores less the second's."""
     for head in HEADS:
-        both = []  # of each recipe: float [runs, columns, splits]
+        both = []  # of each recipe, run and column: float [splits]
         for recipe in recipes:
             files = sorted(folder.glob(f"{recipe}-seed?@{size}@radar@test.npz"))
             names = [file.name.split("@")[0] for file in files]
             runs = [[judge(folder, name, size, c, head) for c in COLUMNS] for name in names]
-            both.append(np.array(runs))
-            means = " ".join(f"{value:.3f}" for value in both[-1].mean((0, 2)))
+            both.append(runs)
+            means = " ".join(f"{np.mean(column):.3f}" for column in zip(*runs, strict=True))
             print(f"{head}, {size} px, {recipe}, mean of {len(names)}: {means}", flush=True)
         for column in PARTS:
             compare(f"{head}, {column}", column, *both)

@@ -40,6 +40,27 @@ def test_no_place_is_in_both_parts_of_a_split():
     assert len(judge.splits(y, None)) == 5
 
 
+def test_a_table_and_a_pair_of_recipes_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "HEADS", {"neighbours": (1,)})
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    for sensor in judge.SENSORS:
+        rows = "\n".join(f"{i},{i % 3},{i // 6}" for i in range(60))
+        (tmp_path / f"{sensor}-test.csv").write_text(f"image,label,place\n{rows}\n")
+    for name in ("stats", "a-seed0", "a-seed1", "b-seed0", "b-seed1"):
+        for column in judge.COLUMNS:
+            for part in ("val", "test"):
+                known = name != "stats"  # the class, or nothing
+                x = rng.normal(size=(60, 4)) + 9 * known * np.eye(4)[labels]
+                np.savez(tmp_path / f"{name}@64@{column}@{part}.npz", features=x, labels=labels)
+    judge.print_table(tmp_path, "64")
+    judge.print_versus(tmp_path, "64", ("a", "b"))
+    said = capsys.readouterr().out
+    assert "a-seed0                  1.000 1.000 1.000 1.000 1.000" in said
+    assert "b, 2 pre-trainings, less stats, radar: +0." in said
+    assert "neighbours, 64 px, b, mean of 2: 1.000 1.000 1.000 1.000 1.000" in said
+    assert "neighbours, optical: +0.000" in said
+
+
 def test_local_patterns_by_hand():
     flat = judge.local_patterns(np.full((32, 32), 7.0)).reshape(3, 10)
     assert (flat == np.eye(10)[8]).all()  # all eight are as bright
