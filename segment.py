@@ -493,9 +493,7 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
     count = min(-(-len(x) // args.batch_size), len(x) // 2)  # BatchNorm needs two tiles in each
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # DeepLab's
-        optimiser, lambda step: (1 - step / (args.epochs * count)) ** 0.9
-    )
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimiser, args.epochs * count, 0.9)  # DeepLab
     model["encoder"].train(model["encoder"].conv1.weight.requires_grad)
     model["decoder"].train()
     losses, draw = torch.zeros(args.epochs, device=x.device), torch.Generator().manual_seed(seed)

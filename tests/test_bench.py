@@ -8,7 +8,7 @@ import pytest
 
 FEW = {
     bench_loader: {"BATCH": 8, "BASES": 2},
-    bench_train: {"BLOCK": 0.01, "EPOCH": 0.01, "TILES": 8, "EPOCHS": 1, "IMAGES": 5},
+    bench_train: {"BLOCK": 0.01, "EPOCH": 0.01, "TILES": 4, "EPOCHS": 1, "IMAGES": 5},
 }
 
 
