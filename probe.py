@@ -853,11 +853,14 @@ def prepare(setup: Setup, rows: np.ndarray, seed: int) -> nn.Module:
 def encode(encoder: nn.Module, setup: Setup, rows: np.ndarray) -> torch.Tensor:
     """Features float32 [n, D] on the device."""
     encoder.eval()  # else BatchNorm would use, and change with, the batch
-    features, batches = [], -(-len(rows) // ENCODE_BATCH)
+    features, batches, empty = [], -(-len(rows) // ENCODE_BATCH), 0
     with torch.no_grad(), autocast(setup.args.device):
         for x in progress("encoding: batch", read_ahead(setup, rows), batches):
             features.append(encoder(x).float())
+            empty += (x == 0).flatten(2).all(2).any(1).sum()  # what is not valid became the mean
     whole = torch.cat(features)
+    if empty:
+        print(f"  {empty} images have no valid sample of {' or '.join(setup.bands)}", flush=True)
     if not whole.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
     return whole

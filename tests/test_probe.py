@@ -1159,7 +1159,7 @@ def test_photos_of_16_bits_of_another_band_count_and_of_400_megapixels_are_refus
     assert one.shape == (1, 8, 8) and one[0].ravel().tolist() == list(range(64))
 
 
-def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
+def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path, capsys):
     rng, valid = np.random.default_rng(0), []
     for n in range(4):
         tile = rng.integers(1000, 2000, (32, 32)).astype(np.uint16)
@@ -1188,6 +1188,11 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path):
     every = np.concatenate(valid)
     lowest = (valid[0].min() - every.mean()) / every.std()
     assert np.load(tmp_path / "x.npz")["features"][0, 2] == pytest.approx(lowest, rel=1e-5)
+    assert "no valid sample" not in capsys.readouterr().out
+    tifffile.imwrite(tmp_path / "2.tif", np.zeros((32, 32), np.uint16))
+    more[-1] = tmp_path / "y.npz"
+    probe_run(tmp_path / "t.csv", tmp_path, *more, **common)
+    assert "1 images have no valid sample of Red" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_one_line(photos, tmp_path, capsys, monkeypatch):
