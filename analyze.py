@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -1174,8 +1175,6 @@ def main(argv: list[str] | None = None) -> int:
         texts = {"tables.md": tables_markdown(sections), "tables.tex": tables_latex(every),
                  "tables.csv": tables_csv(every, "cells"),
                  "tests.csv": tables_csv(every, "tests")}  # fmt: skip
-        for tables in sections:
-            print(f"{tables[0].title}: {verdict(tables)}", flush=True)
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font lacks
         with matplotlib.rc_context(PLOTS):
             page = Pictures(args.out, faults)
@@ -1186,11 +1185,13 @@ def main(argv: list[str] | None = None) -> int:
             part.replace(args.out / name)
     except OSError as error:
         fail(2, f"--out {args.out}: {error.strerror}; the report is not complete")
-    for line in remarks:
-        print(clean(line))
     for fault in faults:
         print(clean(f"analyze.py: left out: {fault}"), file=sys.stderr)
-    print(clean(str(args.out / "index.html")))
+    found = [f"{tables[0].title}: {verdict(tables)}" for tables in sections]
+    try:
+        print(*map(clean, [*found, *remarks, str(args.out / "index.html")]), sep="\n", flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if faults else 0
 
 

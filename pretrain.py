@@ -519,7 +519,7 @@ class Archive(NamedTuple):
 def list_pairs(args: Namespace) -> list[tuple[str, str]]:
     """(S2, S1) paths of each place, relative to --root or to the CSV. Swap in your own archive."""
     if args.pairs:
-        return list_csv(Path(args.pairs))
+        return list_csv(Path(args.pairs), args.bad_tiles == "skip")
     root = Path(args.root or "data/sen12ms")
     s2, s1 = (glob.glob(f"ROIs*/{s}_*/*_{s}_*.tif", root_dir=root) for s in ("s2", "s1"))
     twins = {path.replace("/s2_", "/s1_").replace("_s2_", "_s1_"): path for path in s2}
@@ -529,13 +529,13 @@ def list_pairs(args: Namespace) -> list[tuple[str, str]]:
     return [(path, twin) for twin, path in twins.items()]
 
 
-def list_csv(path: Path) -> list[tuple[str, str]]:
-    """(S2, S1) paths of a CSV with the columns s1 and s2; others, named once, are left alone."""
+def list_csv(path: Path, missing: bool) -> list[tuple[str, str]]:
+    """(S2, S1) paths of a CSV with the columns s1 and s2; `missing`: whether files may be."""
     if not path.is_file():
         fail(2, f"no file {path}: --pairs takes a CSV with the columns s1 and s2")
     rows = bandcrop.read_table(path, ("s1", "s2"))
     for row, column in itertools.product(rows, ("s1", "s2")):
-        if not (path.parent / row[column]).is_file():
+        if not (missing or (path.parent / row[column]).is_file()):
             fail(1, f"{path}: line {row['line']}: column {column}: no file {row[column]!r}")
     return [(os.path.normpath(row["s2"]), os.path.normpath(row["s1"])) for row in rows]
 
@@ -589,7 +589,8 @@ def open_archive(args: Namespace) -> Archive:
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
-    sizes = [os.path.getsize(path) for path in files[:, :: math.ceil(len(listed) / 1000)].flat]
+    some = files[:, :: math.ceil(len(listed) / 1000)].flat
+    sizes = [os.path.isfile(path) and os.path.getsize(path) for path in some]
     content = hashlib.sha256(json.dumps([sha, *sizes]).encode()).hexdigest()
     about = {"used": len(names), "sha256": sha, "files": content, "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
@@ -612,7 +613,8 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
     try:
         mean, std = bandcrop.statistics(paths, band, width, bad, nodata=args.nodata)
     except bandcrop.TileError as error:
-        fail(1, f"{error} (--bad-tiles skip leaves it out; --s2-bands, --s1-bands count bands)")
+        fail(1, f"{error} (--s2-bands and --s1-bands name the bands of every file; --bad-tiles "
+                "skip goes on without up to 1 % of the pairs)")  # fmt: skip
     for name, m, s in zip(archive.bands, mean, std, strict=True):
         if not 0 < s < 1e30:
             fail(1, f"band {name}/{BANDS[name]}'s deviation over {len(chosen)} tiles is {s:.2g}: "
@@ -663,7 +665,7 @@ def replace_bad(batch: bandcrop.Batch, bad: dict, archive: Archive, args: Namesp
     errors = {i % count: message for i, message in reversed(batch.report.errors)}
     for i, message in sorted(errors.items()):
         if args.bad_tiles == "stop":
-            return f"{message} (--bad-tiles skip goes on without it)"
+            return f"{message} (--bad-tiles skip goes on without up to 1 % of the pairs)"
         bad.setdefault(archive.names[pairs[i]], message)
         good = next((j % count for j in range(i + 1, i + count) if j % count not in errors), None)
         if len(bad) > 0.01 * len(archive.names) or good is None:
@@ -1111,8 +1113,10 @@ def main() -> int:
             return 128 + stop
     bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
     encoder = out / "encoder.safetensors"
-    data = f"csv --root LABELS.csv --bands-in-file {args.s2_bands}" if args.pairs else "eurosat"
-    say(f"done in {timedelta(seconds=round(time.monotonic() - began))}: {encoder}\n"
+    order = shlex.quote(args.s2_bands)
+    data = f"csv --root LABELS.csv --bands-in-file={order}" if args.pairs else "eurosat"
+    done = "done" if step >= args.epochs * per_epoch else f"stopped at step {step} by --max-steps,"
+    say(f"{done} in {timedelta(seconds=round(time.monotonic() - began))}: {encoder}\n"
         f"next: python probe.py --dataset {data} --band {','.join(bands)} \\\n"
         f"    --bn reestimate --weights {shlex.quote(str(encoder))}")  # fmt: skip
     return 0

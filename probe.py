@@ -294,15 +294,16 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(out: Path, paths: list[Path], metric: str) -> None:
-    """The metric by band, beside random's and the floor's where `out` has them for the same task:
-    mean over seeds, half the width of the 95 % interval (Student's t)."""
+    """The metric by band, beside random's and the floor's where `out` has them for the same task
+    and seeds: mean over seeds, half the width of the 95 % interval (Student's t)."""
     results = [json.loads(path.read_text()) for path in paths]
     name, first = results[0]["weights"]["name"], results[0]["config"]
+    seeds = {result["seed"] for result in results}
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         with suppress(ValueError, KeyError, TypeError):  # what is no result of ours
             other = json.loads(path.read_text())
             beside = other["weights"]["name"] in {"Random init", "stats"} - {name}
-            if beside and other["config"]["task"] == first["task"]:
+            if beside and other["config"]["task"] == first["task"] and other["seed"] in seeds:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
@@ -689,7 +690,8 @@ def load_encoder(weights: Weights, bands: int, seed: int) -> nn.Module:
         encoder = build_encoder(arch, weights.tensors["conv1.weight"].shape[1])
         encoder.load_state_dict(weights.tensors)
     except (KeyError, RuntimeError) as error:
-        fail(1, f"{weights.source}: no {arch}: {' '.join(str(error).split())[:200]}")
+        why = " ".join(str(error).split())[:200]
+        fail(1, f"{weights.source}: no {arch}: {why} (this script takes torchvision's ResNets)")
     if not all(value.isfinite().all() for value in encoder.state_dict().values()):
         fail(1, f"{weights.source}: holds NaN or infinity: its run diverged; use an earlier one")
     return encoder.requires_grad_(False)
@@ -1155,6 +1157,8 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
           f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}", flush=True)  # fmt: skip
     if unseen:
         print(f"  never seen by the encoder: {', '.join(unseen)}", flush=True)
+    if absent := sorted({*images.classes} - {*metrics["classes"]}):
+        print(f"  in no test image: {', '.join(absent)}", flush=True)
     if extra := metrics["only_predicted"]:
         print(f"  predicted, but in no test image: {', '.join(extra)}", flush=True)
     if args.cam:  # some test images, spread over the classes
@@ -1187,7 +1191,8 @@ def main(args: argparse.Namespace) -> None:
             return export(args.weights, args.export)
         open_folder(args.embed.parent if args.embed else args.out)
         weights, arch = args.weights, args.weights.metadata["arch"] or "no network"
-        print(f"weights: {weights.source} ({weights.name}, {arch}) on {args.device}\n"
+        epoch = f", epoch {weights.metadata['epoch']}" if "epoch" in weights.metadata else ""
+        print(f"weights: {weights.source} ({weights.name}, {arch}{epoch}) on {args.device}\n"
               f"listing the images of {args.root}", flush=True)  # fmt: skip
         images = list_images(args.dataset, args.root, args.bands_in_file)
         images = images._replace(nodata=args.nodata)

@@ -245,15 +245,16 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(out: Path, paths: list[Path], metric: str) -> None:
-    """The metric by band, beside random's and the floor's where `out` has them for the same task:
-    mean over seeds, half the width of the 95 % interval (Student's t)."""
+    """The metric by band, beside random's and the floor's where `out` has them for the same task
+    and seeds: mean over seeds, half the width of the 95 % interval (Student's t)."""
     results = [json.loads(path.read_text()) for path in paths]
     name, first = results[0]["weights"]["name"], results[0]["config"]
+    seeds = {result["seed"] for result in results}
     for path in sorted(out.glob(f"{results[0]['dataset']}-*-seed*.json")):
         with suppress(ValueError, KeyError, TypeError):  # what is no result of ours
             other = json.loads(path.read_text())
             beside = other["weights"]["name"] in {"Random init", "stats"} - {name}
-            if beside and other["config"]["task"] == first["task"]:
+            if beside and other["config"]["task"] == first["task"] and other["seed"] in seeds:
                 results.append(other)
     columns: dict[str, dict[str, list[float]]] = {}
     for result in results:
@@ -392,7 +393,8 @@ def load_encoder(weights: Weights, bands: int, seed: int) -> nn.Module:
         encoder = build_encoder(arch, weights.tensors["conv1.weight"].shape[1])
         encoder.load_state_dict(weights.tensors)
     except (KeyError, RuntimeError) as error:
-        fail(1, f"{weights.source}: no {arch}: {' '.join(str(error).split())[:200]}")
+        why = " ".join(str(error).split())[:200]
+        fail(1, f"{weights.source}: no {arch}: {why} (this script takes torchvision's ResNets)")
     if not all(value.isfinite().all() for value in encoder.state_dict().values()):
         fail(1, f"{weights.source}: holds NaN or infinity: its run diverged; use an earlier one")
     return encoder.requires_grad_(False)
@@ -815,8 +817,9 @@ def main(args: argparse.Namespace) -> None:
         args.device = find_device(args.device)
         args.weights = find_weights(args.weights, args.arch)
         open_folder(args.out)
-        arch = args.weights.metadata["arch"]
-        print(f"weights: {args.weights.source} ({args.weights.name}, {arch}) on {args.device}\n"
+        weights, arch = args.weights, args.weights.metadata["arch"]
+        epoch = f", epoch {weights.metadata['epoch']}" if "epoch" in weights.metadata else ""
+        print(f"weights: {weights.source} ({weights.name}, {arch}{epoch}) on {args.device}\n"
               f"listing the tiles of {args.root}", flush=True)  # fmt: skip
         tiles = list_tiles(args)
         if args.split is None:

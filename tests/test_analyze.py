@@ -14,8 +14,10 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -223,6 +225,12 @@ def report(tree, tmp_path_factory) -> Path:
     assert printed.getvalue().splitlines()[-1] == str(out / "index.html")
     (out / "printed").write_text(printed.getvalue())
     return out
+
+
+def test_a_reader_that_stops_early_costs_no_report(tree, tmp_path):
+    words = [sys.executable, str(SCRIPT), str(tree / "results"), "--out", str(tmp_path)]
+    done = subprocess.run(f"{shlex.join(words)} | true", shell=True, capture_output=True, text=True)
+    assert (tmp_path / "index.html").exists() and done.stderr == ""
 
 
 def test_it_imports_nothing_that_reads_tiles_or_trains():

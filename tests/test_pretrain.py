@@ -734,8 +734,10 @@ def test_what_a_run_says_to_type_next_is_right(archive, tmp_path, monkeypatch, d
     root = ["--root", archive]
     if data == "csv":
         root = ["--pairs", write_table(tmp_path / "pairs.csv", *sides_of(archive))]
+        root += ["--s2-bands", ", ".join(pretrain.SEN12MS_S2)]
     out = tmp_path / "a run"
     said = trained("--mode", "three", *root, *SMALL, "--max-steps", 1, "--out", out)
+    assert "\nstopped at step 1 by --max-steps, in " in said and "\ndone in " not in said
     typed = shlex.split(said.partition("next: python probe.py ")[2].replace("\\\n", ""))
     monkeypatch.chdir(tmp_path)
     Path("data/eurosat").mkdir(parents=True)
@@ -743,7 +745,7 @@ def test_what_a_run_says_to_type_next_is_right(archive, tmp_path, monkeypatch, d
     args = probe.arguments(typed)
     assert (args.dataset, args.weights) == (data, str(out / "encoder.safetensors"))
     assert (args.bands, args.bn) == ("Blue,Green,Red", "reestimate")
-    assert args.bands_in_file == (",".join(pretrain.SEN12MS_S2) if data == "csv" else None)
+    assert args.bands_in_file == (", ".join(pretrain.SEN12MS_S2) if data == "csv" else None)
 
 
 def sides_of(archive: Path) -> tuple[list[Path], list[Path]]:
@@ -951,6 +953,15 @@ def test_a_bad_tile_stops_a_run_or_is_replaced_by_a_good_pair_of_its_batch(damag
     trained(*common, "--bad-tiles", "skip", "--out", out)
     (line,) = (out / "bad_tiles.txt").read_text().splitlines()
     assert line.split("\t")[0] == str(bad.relative_to(damaged))
+
+    common[2:4] = ["--pairs", write_table(tmp_path / "pairs.csv", *sides_of(damaged))]
+    bad.unlink()  # a file that is missing is a bad one
+    assert bad.name in refused(1, *common, "--out", tmp_path / "stop")
+    trained(*common, "--bad-tiles", "skip", "--out", tmp_path / "missing")
+    (line,) = (tmp_path / "missing/bad_tiles.txt").read_text().splitlines()
+    assert bad.name in line
+    bad.write_bytes(b"")
+    common[2:4] = ["--root", damaged]
 
     other = sorted(damaged.glob("ROIs*/s1_*/*.tif"))[70]
     other.write_bytes(other.read_bytes()[:2000])
