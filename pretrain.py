@@ -914,7 +914,7 @@ def describe(args: Namespace, device: torch.device, precision: str, steps: int) 
         say("few steps: try --recipe small (after 890 steps F1 0.62 instead of 0.45: PROOF.md)")
     if device.type == "cpu" and WORLD > 1:
         warn("on the CPU each process normalises its own samples: torchrun is for GPUs")
-    say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse; match: 0.5 is chance, 0 best")
+    say(f"spread: {args.projection**-0.5:.3f} is healthy, 0 collapse")
 
 
 def progress(record: dict, steps_left: int, batch_size: int) -> str:
@@ -1034,6 +1034,7 @@ def main() -> int:
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     log = open_log(out, step)
     watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
+    say(f"match, after every {watch_every} epochs and the last: 0 is best, 0.5 chance")
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
     sums, count = torch.zeros(4, device=device), 0  # loss, spread, cosine, replaced; steps

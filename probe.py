@@ -946,6 +946,8 @@ def fine_tune(setup: Setup, rows: np.ndarray, rate: float, seed: int) -> nn.Sequ
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     batches = -(-len(rows) // ENCODE_BATCH)
     epochs = max(setup.args.epochs, -(-LEAST_STEPS // batches))
+    if epochs > setup.args.epochs:
+        print(f"  {epochs} epochs, for at least {LEAST_STEPS} steps", flush=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * batches)
     rng = np.random.default_rng(seed)
     for _ in progress(f"learning rate {rate}: epoch", range(epochs), epochs):

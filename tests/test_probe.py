@@ -1004,7 +1004,7 @@ def test_progress_stands_in_a_log_file_once_a_minute(monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------------- fine-tuning
 def test_fine_tuning_trains_the_encoder_for_enough_steps_and_says_how(
-    photos, tmp_path, monkeypatch
+    photos, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(probe, "LEAST_STEPS", 2)  # one batch: two epochs, of 24 images
     monkeypatch.setitem(probe.CHOICES, "finetune", [("adamw", 1e-3)])
@@ -1016,6 +1016,7 @@ def test_fine_tuning_trains_the_encoder_for_enough_steps_and_says_how(
     monkeypatch.setattr(probe, "load_encoder", lambda *_: copy.deepcopy(tiny))
     file = write_encoder(tmp_path / "e.safetensors")
     probe_run(photos, tmp_path, "--finetune", "--epochs", 1, weights=file)
+    assert "  2 epochs, for at least 2 steps" in capsys.readouterr().out
     [result] = results(tmp_path)
     assert result["weights"]["name"] == "RS-BYOL-1 fine-tuned"
     config = result["config"]
