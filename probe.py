@@ -862,7 +862,7 @@ def encode(encoder: nn.Module, setup: Setup, rows: np.ndarray) -> torch.Tensor:
             empty += (x == 0).flatten(2).all(2).any(1).sum()  # what is not valid became the mean
     whole = torch.cat(features)
     if empty:
-        print(f"  {empty} images have no valid sample of {' or '.join(setup.bands)}", flush=True)
+        print(f"  images without a valid sample of {' or '.join(setup.bands)}: {empty}", flush=True)
     if not whole.isfinite().all():
         fail(1, "the encoder's features are not finite: its training diverged; nothing is written")
     return whole

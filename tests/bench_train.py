@@ -241,13 +241,13 @@ def bench_step(settings: argparse.Namespace, rounds: int) -> None:
 def run_program(root: Path, settings: argparse.Namespace, steps: int, flags: list) -> list[dict]:
     """Run pretrain.py over `steps` steps an epoch; the lines of its log."""
     s2 = sorted(str(path.relative_to(root)) for path in root.glob("ROIs*/s2_*/*.tif"))
-    # The tiles in turn, each round by way of another link: pretrain.py takes no pair twice.
+    # The tiles in turn, each turn by way of another link: pretrain.py takes no pair twice.
     taken = []
     for i in range(steps * settings.batch_size):
-        round, tile = divmod(i, len(s2))
-        if not (root / f"round{round}").exists():
-            (root / f"round{round}").symlink_to(root)
-        taken.append(f"round{round}/{s2[tile]}")
+        turn, tile = divmod(i, len(s2))
+        if not (root / f"turn{turn}").exists():
+            (root / f"turn{turn}").symlink_to(root)
+        taken.append(f"turn{turn}/{s2[tile]}")
     rows = [f"{name.replace('/s2_', '/s1_').replace('_s2_', '_s1_')},{name}" for name in taken]
     pairs = root / "pairs.csv"
     pairs.write_text("\n".join(["s1,s2", *rows]))

@@ -1202,11 +1202,11 @@ def test_each_files_own_nodata_is_left_out_of_the_statistics(tmp_path, capsys):
     every = np.concatenate(valid)
     lowest = (valid[0].min() - every.mean()) / every.std()
     assert np.load(tmp_path / "x.npz")["features"][0, 2] == pytest.approx(lowest, rel=1e-5)
-    assert "no valid sample" not in capsys.readouterr().out
+    assert "a valid sample" not in capsys.readouterr().out
     tifffile.imwrite(tmp_path / "2.tif", np.zeros((32, 32), np.uint16))
     more[-1] = tmp_path / "y.npz"
     probe_run(tmp_path / "t.csv", tmp_path, *more, **common)
-    assert "1 images have no valid sample of Red" in capsys.readouterr().out
+    assert "  images without a valid sample of Red: 1\n" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_one_line(photos, tmp_path, capsys, monkeypatch):
