@@ -530,7 +530,7 @@ def list_pairs(args: Namespace) -> list[tuple[str, str]]:
 
 
 def list_csv(path: Path, missing: bool) -> list[tuple[str, str]]:
-    """(S2, S1) paths of a CSV with the columns s1 and s2; `missing`: whether files may be."""
+    """(S2, S1) paths of a CSV's columns s1 and s2; where `missing`, files need not be there."""
     if not path.is_file():
         fail(2, f"no file {path}: --pairs takes a CSV with the columns s1 and s2")
     rows = bandcrop.read_table(path, ("s1", "s2"))
