@@ -4,6 +4,7 @@
     python tests/judge.py texture FOLDER SIZE  # FOLDER/texture@..., where FOLDER/stats@... is
     python tests/judge.py table FOLDER [SIZE]  # of FOLDER/NAME@SIZE@COLUMN@{val,test}.npz
     python tests/judge.py versus FOLDER SIZE A B [C D ...]    # A less B, C less D, ...
+    python tests/judge.py maps DATA            # a floor for segment.py on DATA/bigearthnet
 
 After the first, `probe.py --embed` writes the features of each list, by each encoder, at each size:
 tests/proof.sh has the loop. A third of 3,000 EuroSAT JPEGs and of the labelled scenes that share no
@@ -26,7 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from scipy.sparse.csgraph import connected_components
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
@@ -36,6 +39,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import probe  # noqa: E402
+import segment  # noqa: E402
 from analyze import Test, t_test_over_seeds  # noqa: E402
 
 COLUMNS = ("Red", "Green", "Blue", "optical", "radar")
@@ -91,22 +95,25 @@ def write_lists(data: Path, folder: Path) -> None:
                 (folder / f"{name}-{part}.csv").write_text(text + "\n")
 
 
-def local_patterns(x: np.ndarray) -> np.ndarray:
-    """Texture of an image [S, S]: uniform local binary patterns (Ojala et al. 2002), float [30].
+def pattern_kinds(x: np.ndarray, far: int) -> np.ndarray:
+    """Uniform local binary patterns (Ojala et al. 2002) of an image [S, S]: int [S, S].
 
-    At distances of 1, 2 and 4 pixels the share of pixels of whose eight neighbours 0, 1, ... 8, all
-    side by side, are at least as bright, and the share of all other pixels.
+    0 to 8: how many of a pixel's eight neighbours, `far` pixels off, are at least as bright, where
+    these stand side by side; else 9. The image is mirrored at its borders.
     """
     circle = [(-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1)]
-    shares: list[float] = []
-    for far in (1, 2, 4):
-        inner = slice(far, -far)
-        shifted = [np.roll(x, (-far * down, -far * right), (0, 1)) for down, right in circle]
-        bright = np.stack([each[inner, inner] >= x[inner, inner] for each in shifted])
-        changes = (bright != np.roll(bright, 1, 0)).sum(0)  # around the circle
-        kinds = np.where(changes <= 2, bright.sum(0), 9)
-        shares += (np.bincount(kinds.ravel(), minlength=10) / kinds.size).tolist()
-    return np.array(shares)
+    padded = np.pad(x, far, mode="reflect")
+    shifted = [np.roll(padded, (-far * down, -far * right), (0, 1)) for down, right in circle]
+    bright = np.stack([each[far:-far, far:-far] >= x for each in shifted])
+    changes = (bright != np.roll(bright, 1, 0)).sum(0)  # around the circle
+    return np.where(changes <= 2, bright.sum(0), 9)
+
+
+def local_patterns(x: np.ndarray) -> np.ndarray:
+    """Texture of an image [S, S]: the share of each kind of pattern at distances of 1, 2 and 4
+    pixels, float [30]; pixels nearer to the border than the distance do not count."""
+    kinds = [pattern_kinds(x, far)[far:-far, far:-far] for far in (1, 2, 4)]
+    return np.concatenate([np.bincount(k.ravel(), minlength=10) / k.size for k in kinds])
 
 
 def write_texture(folder: Path, size: str) -> None:
@@ -211,6 +218,51 @@ def print_versus(folder: Path, size: str, recipes: tuple[str, str]) -> None:
             compare(f"{head}, {column}", column, *both)
 
 
+def surroundings(x: np.ndarray) -> np.ndarray:
+    """What lies around each pixel of a tile [S, S], in 45 hand-made numbers: float32 [45, S, S].
+
+    The pixel itself, the tile's mean and deviation; at 1, 2, 4 and 8 pixels (of a Gaussian) the
+    mean, gradient and deviation; and within 8 pixels the share of each kind of pattern.
+    """
+    maps = [x, np.full_like(x, x.mean()), np.full_like(x, x.std())]
+    for sigma in (1, 2, 4, 8):
+        mean, squares = (ndimage.gaussian_filter(values, sigma) for values in (x, x**2))
+        maps += [mean, ndimage.gaussian_gradient_magnitude(x, sigma)]
+        maps.append(np.sqrt(np.maximum(squares - mean**2, 0)))
+    for far in (1, 2, 4):
+        kinds = np.eye(10, dtype=np.float32)[pattern_kinds(x, far)]  # [S, S, 10]
+        maps += [*ndimage.gaussian_filter(kinds, (8, 8, 0)).transpose(2, 0, 1)]
+    return np.stack(maps)
+
+
+def print_maps(data: Path) -> None:
+    """mIoU of BigEarthNet's maps, drawn from one band's surroundings by a random forest (scikit-
+    learn's, 100 trees, leaves of 5 pixels) that learnt from 100,000 pixels of the training tiles.
+    """
+    classes = "urban,crops,forest,shrub/grass,wetland,water"
+    args = segment.arguments(["--dataset=csv", f"--root={data}/bigearthnet/tiles.csv", "--band=all",
+        "--s2-bands=B02,B03,B04,B08", "--split=official", f"--classes={classes}"])  # fmt: skip
+    tiles, rng, found = segment.list_tiles(args), np.random.default_rng(0), []
+    _, train, test = segment.split_tiles(tiles, args, 0)
+    for band in tiles.bands:
+        norm = segment.band_statistics(tiles, train, [band], args)
+        both = []  # of the training and the test tiles: float32 [pixels, 45]
+        for rows in (train, test):
+            batches = segment.read_images(tiles, rows, [band], norm, torch.device("cpu"))
+            maps = [surroundings(x) for batch in batches for x in batch[:, 0].numpy().copy()]
+            both.append(np.stack(maps).transpose(0, 2, 3, 1).reshape(-1, len(maps[0])))
+        truth, known = tiles.masks[test], tiles.masks[train].ravel()
+        drawn = rng.choice(np.flatnonzero(known != segment.IGNORED), 100_000, replace=False)
+        forest = RandomForestClassifier(100, min_samples_leaf=5, random_state=0)
+        forest.fit(both[0][drawn], known[drawn])
+        given = forest.predict(both[1]).reshape(truth.shape)
+        metrics = segment.map_metrics(truth, given, args.classes)
+        found.append(metrics["miou"])
+        each = ", ".join(f"{name} {iou:.2f}" for name, iou in metrics["iou_per_class"].items())
+        print(f"{band}: mIoU {found[-1]:.3f} ({each})", flush=True)
+    print(f"mean of bands: {np.mean(found):.3f}")
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
     if what == "lists":
@@ -220,6 +272,8 @@ if __name__ == "__main__":
             print_versus(Path(words[0]), words[1], pair)
     elif what == "texture":
         write_texture(Path(words[0]), words[1])
+    elif what == "maps":
+        print_maps(Path(words[0]))
     else:
         for each in words[1:] or ("64", "128"):
             print_table(Path(words[0]), each)

@@ -260,11 +260,13 @@ for weights in scratch "$LATE --finetune"; do
 done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-table
 RESULTS=results/proof-maps # longer than the eight epochs above, of three encoders
+$PYTHON tests/judge.py maps "$DATA" # a floor
 for run in random negatives-seed0 negatives-seed1 negatives-seed2; do
     weights=$run
     [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors"
     segment --band all --epochs 30 --seeds 2 --weights "$weights"
 done
+segment --band all --epochs 30 --seeds 1 --weights scratch
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-maps
 
 # A page of its own for the settings, one change at a time.

@@ -68,3 +68,17 @@ def test_local_patterns_by_hand():
     assert (slope == np.eye(10)[5]).all()  # to the right three, above and below one each
     board = judge.local_patterns(np.indices((32, 32)).sum(0) % 2).reshape(3, 10)
     assert (board[0] == np.eye(10)[8] / 2 + np.eye(10)[9] / 2).all()  # dark: all; bright: corners
+
+
+def test_surroundings_by_hand():
+    slope = np.tile(2 * np.arange(96, dtype=np.float32), (96, 1))
+    found = judge.surroundings(slope)
+    assert found.shape == (45, 96, 96) and found.dtype == np.float32
+    pixel, mean, deviation, *near = found[:15, 48, 48]
+    assert (pixel, mean) == (96, 95) and np.isclose(deviation, slope.std())
+    blurred, gradient, spread = np.reshape(near, (4, 3)).T  # at 1, 2, 4 and 8 pixels
+    np.testing.assert_allclose(blurred, 96, rtol=1e-5)
+    np.testing.assert_allclose(gradient, 2, rtol=1e-3)
+    np.testing.assert_allclose(spread, [2, 4, 8, 16], rtol=0.01)
+    kinds = found[15:, 48, 48].reshape(3, 10)  # to the right three, above and below one each
+    np.testing.assert_allclose(kinds, np.eye(10)[[5] * 3], atol=1e-6)
