@@ -52,7 +52,10 @@ DATA = "files images parts places ignored nodata".split()  # in config: what was
 NOT_SETTINGS = {*DATA, *(
     "identity task learning_rate l2_penalty neighbours optimiser mean std train test validated "
     "encoder unseen_bands device losses cached root train_images validation").split()}  # fmt: skip
-USAGE = ("bn", "stats", "epochs", "bf16")  # told of every row where rows of a section differ in it
+USAGE = {  # told of every row where rows of a section differ in it
+    "probe": ("bn", "stats", "epochs", "bf16"),
+    "segment": ("stats", "epochs", "batch", "bf16"),
+}
 # flags of pretrain.py that say where, how fast and until when, not how
 IDLE_FLAGS = "seed out resume threads device log-every checkpoint-every epochs max-steps".split()
 DATASETS = {
@@ -184,6 +187,7 @@ class Result:
         self.bands = TRIPLES.get(tuple(bands), clean("+".join(bands)))  # "RE5", "RGB"
         self.metrics = {key: share(saved["metrics"][key]) for key in SHOWN[stage]}
         per_class = saved["metrics"].get("iou_per_class") or {}
+        self.scored = len(saved["metrics"].get("classes") or self.classes)  # that the truth holds
         self.per_class = {clean(k): share(v) for k, v in per_class.items() if v is not None}
         self.overlap = 0.0  # where seeds redraw the test set: test images for each other image
         if self.split == "random" or (stage == "probe" and subset):
@@ -246,7 +250,8 @@ def groups(results: Iterable[Result], *fields: str) -> dict[tuple, list[Result]]
 def label_rows(results: list[Result]) -> None:
     """Set `label` of one section's results: the name, and what tells rows of one name apart."""
     places = {r.file: r.place for r in results if r.file}
-    common = {key for key in USAGE if len({r.setting(key) for r in results} - {""}) > 1}
+    usage = USAGE[results[0].stage]
+    common = {key for key in usage if len({r.setting(key) for r in results} - {""}) > 1}
     for alike in groups(results, "name", "channels").values():
         keys = {key for r in alike for key in r.config} - NOT_SETTINGS
         apart = common | {key for key in keys if len({r.setting(key) for r in alike}) > 1}
@@ -254,8 +259,8 @@ def label_rows(results: list[Result]) -> None:
             r.usage = tuple(f"{key} {r.setting(key)}" for key in sorted(apart) if r.setting(key))
             r.usage += ("synthetic tiles",) * r.synthetic_tiles
             place = [places[r.file]] if r.file and len({s.file for s in alike}) > 1 else []
-            if place and list(places.values()).count(*place) > 1:  # two folders of one name
-                place = [r.file[:8]]
+            if place and list(places.values()).count(*place) > 1:  # two folders, or lengths, alike
+                place = [f"epoch {r.epoch:.4g}"] * (r.epoch > 0) + [r.file[:8]]
             r.label = named(r.name, [*place, *r.usage])
 
 
@@ -458,7 +463,7 @@ class Table:
         self.number, self.title, self.results = number, title, results
         self.stage, self.channels = results[0].stage, results[0].channels
         paper = PAPER_TABLES.get((self.stage, self.channels))
-        like = f" (as the paper's Table {paper})" if paper else ""
+        like = f" (as the paper's Table {paper})" * bool(paper and results[0].dataset != "csv")
         self.caption = f"Table {number}{like}. {title}"
         self.metric = next(iter(SHOWN[self.stage].values()))  # the one of verdicts and figures
         self.form = ".1f" if self.stage == "segment" else ".3f"
@@ -538,11 +543,14 @@ def data_name(r: Result) -> str:
 def section_title(r: Result, sections: list[Result]) -> str:
     """The data set and all its settings in one line."""
     name = data_name(r)
-    twins = {s.data for s in sections if (data_name(s), s.stage) == (name, r.stage)}
+    alike = [s for s in sections if (data_name(s), s.stage) == (name, r.stage)]
+    twins, named = {s.data for s in alike}, {s.classes for s in alike}
+    count = len({len(names) for names in named})  # where it tells no sections apart, their names do
+    classes = f"{len(r.classes)} classes" + f" ({', '.join(r.classes)})" * (count < len(named))
     parts = [
         name + " (SYNTHETIC images)" * r.synthetic, "land cover maps" * (r.stage == "segment"),
-        r.subset, f"split {r.split}", f"{r.size} px" if r.size else "", f"{len(r.classes)} classes",
-        r.head, f"{r.data} (other files, labels, split, band order or nodata)" * (len(twins) > 1),
+        r.subset, f"split {r.split}", f"{r.size} px" if r.size else "", classes, r.head,
+        f"{r.data} (other or newer files, labels, split, band order or nodata)" * (len(twins) > 1),
     ]  # fmt: skip
     return ", ".join(filter(None, parts))
 
@@ -662,7 +670,8 @@ def verdict(tables: list[Table]) -> str:
         where = " for this one test set, not for other images" * alone
         text += f" In brackets: 95 % interval and p after Holm{where} ({methods})."
     if any(row not in table.recipes for table, row in rows):
-        text += " One encoder does not speak for its recipe: that takes three pre-trainings."
+        text += (" One encoder does not speak for its recipe: that takes three pre-trainings, "
+                 "probed at the same epoch.")  # fmt: skip
     return text
 
 
@@ -673,8 +682,12 @@ def notes(table: Table) -> str:
     split = "on a fixed test set: seeds redraw the head, random weights and what is learnt from"
     if any(r.overlap for r in table.results):
         split = "widened by Nadeau and Bengio's correction for random splits that overlap"
+    scored = sorted({r.scored for r in table.results})
+    apart = f" A result's mean is over the {scored[0]} to {scored[-1]} classes in its test set."
     return (f"{unit}, mean ± 95 % t-interval over {seeds} (of a recipe: and pre-trainings), "
-            f"{split}. In brackets: the paper's figure. {DASH}: no result.")  # fmt: skip
+            f"{split}." + apart * (len(scored) > 1)
+            + " In brackets: the paper's figure." * any(cell.paper for cell in table.cells)
+            + f" {DASH}: no result.")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- text

@@ -10,9 +10,10 @@
     python probe.py --weights seco:seco_resnet50_1m.ckpt --export seco.safetensors
 
 One JSON in results/ for each band and seed; a rerun skips a result only when all that determines
-it is the same. The frozen encoder is proved unchanged. Head as in the paper: Linear-128, BatchNorm,
-ReLU, Linear; 100 epochs. The paper names no optimiser: SGD or Adam and a learning rate are chosen
-by F1 on a validation part of the training split, never on test. Exit: 1 bad data, 2 wrong use.
+it is the same (of files: path, size and time). The frozen encoder is proved unchanged. Head as in
+the paper: Linear-128, BatchNorm, ReLU, Linear; 100 epochs. The paper names no optimiser: SGD or
+Adam and a learning rate are chosen by F1 on a validation part of the training split, never on test.
+Exit: 1 bad data, 2 wrong use.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training images (default) or as the encoder was pre-trained with")
     add("--bn", choices=["encoder", "reestimate"], default="encoder", help="BatchNorm statistics: "
-        "as pre-trained (default), or of the unlabelled training images")
+        "as pre-trained (default), or of the unlabelled training images (--embed: of all images)")
     add("--head", choices=["mlp", "linear", "knn"], default="mlp", help="the paper's (default), "
         "logistic regression or nearest neighbours; each on standardised features")
     add("--epochs", type=int, default=100, help="of mlp, or of --finetune (100, paper); more "
@@ -611,7 +612,8 @@ def find_weights(text: str | None, arch: str) -> Weights:
     if text in NEW_WEIGHTS:
         return Weights(NEW_WEIGHTS[text], text, None, {"arch": arch}, {})
     digest = weights_digest(text)
-    others = f"any ResNet's are converted once: probe.py --weights other:{text} --export NEW"
+    others = ("pretrain.py's are encoder.safetensors; any other ResNet's are converted once: "
+              f"probe.py --weights other:{text} --export NEW")  # fmt: skip
     try:
         with safetensors.safe_open(text, "pt") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
@@ -1081,6 +1083,9 @@ def train_and_predict(
         features, place = encode(encoder, setup, used), np.empty(len(images.labels), int)
         place[used] = np.arange(len(used))  # where an image's features are
         y = torch.from_numpy(images.labels).to(args.device)
+    else:
+        for _ in read_ahead(setup, split.test):
+            pass  # a bad image ends the run here, not after the training
 
     def fit(settings: list[tuple], rows: np.ndarray) -> list[Any]:
         if args.finetune:

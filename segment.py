@@ -7,10 +7,10 @@
         --classes urban,crops,forest,shrub,wetland,water --band NIR --arch resnet18
 
 One JSON in --out for each band and seed, and at the end a table beside random weights. A rerun
-skips a result only where files, split, band order, weights and settings are the same.
-The encoder's last two stages are dilated (output stride 8). Frozen, it sees each training tile
-once, where feature maps fit into memory, and is proved unchanged at the end. Masks are cut in whole
-pixels, never resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLab's decay.
+skips a result only where files (path, size, time), split, band order, weights and settings are the
+same. The encoder's last two stages are dilated (output stride 8). Frozen, it sees each training
+tile once, where feature maps fit into memory, and is proved unchanged at the end. Masks are cut in
+whole pixels, never resampled. The paper names no optimiser: SGD, momentum 0.9, DeepLab's decay.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "the mask's ids in order, ignored ones left out")
     add("--ignore", metavar="IDS", help="csv: ids that do not count (0), as "
         "--ignore=-1,255: with it id 0 is the first of --classes")
-    add("--nodata", type=float, help="of s1 and s2 files without such a tag, such as 0 for borders")
+    add("--nodata", type=float, help="of s1 and s2 files without such a tag, such as 0 for "
+        "borders; such pixels count as the mask says")
     add("--size", type=int, metavar="PX", help="square cut from each tile's middle (the whole)")
     add("--stats", choices=["train", "encoder"], default="train", help="mean and deviation of the "
         "bands: of the training tiles (default) or as the encoder was pre-trained with")
@@ -314,7 +315,8 @@ def find_weights(text: str | None, arch: str) -> Weights:
     if text in NEW_WEIGHTS:
         return Weights(NEW_WEIGHTS[text], text, None, {"arch": arch}, {})
     digest = weights_digest(text)
-    others = f"any ResNet's are converted once: probe.py --weights other:{text} --export NEW"
+    others = ("pretrain.py's are encoder.safetensors; any other ResNet's are converted once: "
+              f"probe.py --weights other:{text} --export NEW")  # fmt: skip
     try:
         with safetensors.safe_open(text, "pt") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
@@ -573,9 +575,13 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
         fail(1, f"{args.root}: split {min(strange)!r} is not train, val or test")
     files = {kind: [str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1")}
     for kind, count in (("s2", len(args.s2_bands)), ("s1", len(args.s1_bands))):
-        for path in files[kind]:
-            if (has := bandcrop.info(path).bands) != count:
-                fail(1, f"{path} has {has} bands, --{kind}-bands names {count}")
+        for path, mask_path in zip(files[kind], files["mask"], strict=True):
+            tile, mask = bandcrop.info(path), bandcrop.info(mask_path)
+            if tile.bands != count:
+                fail(1, f"{path} has {tile.bands} bands, --{kind}-bands names {count}")
+            if abs(tile.width * mask.height / (tile.height * mask.width) - 1) > 0.02:
+                fail(1, f"{path} is {tile.height} x {tile.width}, {mask_path} {mask.height} x "
+                        f"{mask.width}: they do not show the same ground")  # fmt: skip
     digest = digest_of([*map(digest_files, files.values()), part])
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
@@ -738,6 +744,8 @@ def train_and_predict(
     model = nn.ModuleDict({"encoder": dilate(encoder), "decoder": head})
     model.to(device, memory_format=torch.channels_last)
     images = torch.cat([x.clone() for x in read_images(tiles, rows, bands, norm, device)])
+    for _ in read_images(tiles, test, bands, norm, torch.device("cpu")):
+        pass  # a bad tile ends the run here, not after the training
     clock.append(time.perf_counter())
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     x = images if scratch else encode(encoder, images)
@@ -796,9 +804,11 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
         "seconds": seconds,
     })  # fmt: skip
     print(f"{title}: mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}", flush=True)
+    given = np.array(classes)[np.unique(predicted)]
     for found, note in (
         ([name for name in classes if name not in metrics["classes"]], "not in the test masks"),
-        (metrics["only_predicted"], "predicted all the same"),
+        (metrics["only_predicted"], "predicted, though no test mask holds it"),
+        (given if len(given) == 1 else [], "the only class predicted; more --epochs may help"),
         (unseen, "never seen by the encoder"),
     ):
         if found:

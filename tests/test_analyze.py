@@ -1246,3 +1246,41 @@ def test_a_browser_opens_the_page_and_it_fits(report, tmp_path):
     assert not [x for x in done.stderr.splitlines() if "CONSOLE" in x or "ERR_" in x]
     assert "[1280 0 0 false 0]" in done.stdout
     assert re.search(r"\[390 0 0 false \d+\]", done.stdout)
+
+
+def test_maps_say_what_their_rows_and_means_differ_in(tmp_path):
+    """The batch, the classes in each test set, the classes' names where their number is equal."""
+    sizes = {OURS: 16, "scratch": 8}
+    for (name, batch), seed in itertools.product(sizes.items(), range(2)):
+        made = result("segment", name, seed=seed, batch=batch)
+        made["metrics"]["classes"] = LAND[: 5 + seed]
+        write(tmp_path / "a", made)
+    (table,), _ = tables_of(tmp_path / "a")
+    assert table.rows == ["scratch (batch 8)", f"{OURS} (batch 16)"]
+    assert "over the 5 to 6 classes in its test set" in analyze.notes(table)
+    for n, names in enumerate((LAND, LAND[::-1])):
+        write(tmp_path / "b", result("segment", classes=names), str(n))
+    tables, _ = tables_of(tmp_path / "b")
+    assert all(", ".join(t.results[0].classes) in t.title for t in tables)
+    assert "in its test set" not in analyze.notes(tables[0])
+
+
+def test_two_lengths_of_one_file_are_told_apart_by_their_epochs(tmp_path):
+    for n, epoch in enumerate(("6.67", "8.67")):
+        weights = {"name": OURS, "source": "runs/mine/encoder.safetensors"}
+        about = {"command": "pretrain.py --mode single", "epoch": epoch, "seed": "0"}
+        made = result(weights=weights | {"sha256": f"{n:08x}" * 8}, encoder=about)
+        write(tmp_path, made, str(n))
+    (table,), _ = tables_of(tmp_path)
+    assert table.rows == [f"{OURS} (epoch 6.67, 00000000)", f"{OURS} (epoch 8.67, 00000001)"]
+
+
+def test_the_papers_figures_are_named_only_where_they_stand(tmp_path):
+    for dataset, subset in (("csv", None), ("eurosat", 7000)):
+        write(tmp_path / dataset, result(name="SeCo", bands=RGB, dataset=dataset, subset=subset))
+    (own,), _ = tables_of(tmp_path / "csv")
+    assert "paper" not in own.caption + analyze.notes(own)
+    (theirs,), _ = tables_of(tmp_path / "eurosat")
+    assert "as the paper's Table II" in theirs.caption and "the paper's fig" in analyze.notes(
+        theirs
+    )

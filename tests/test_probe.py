@@ -1022,12 +1022,13 @@ def test_fine_tuning_trains_the_encoder_for_enough_steps_and_says_how(
     config = result["config"]
     assert config["finetune"] and config["optimiser"] == "adamw"
     assert config["learning_rate"] in [rate for _, rate in config["tried"]]
-    fit, test = drawn[0], drawn[2]
+    test, *drawn = drawn  # read before the training, as a bad image would cost it
+    fit, val = drawn[0], drawn[2]
     assert [len(rows) for rows in drawn[:5]] == [19, 19, 5, 24, 24] and drawn[3] == drawn[4]
     for encoder, _ in models:
         assert not torch.equal(encoder.conv1.weight, tiny.conv1.weight)
         assert not torch.equal(encoder.bn1.running_mean, tiny.bn1.running_mean)
-    assert not {*fit} & {*test}
+    assert not {*fit} & {*val} and {*test} == {*range(30)} - {*drawn[3]}
 
 
 def test_scratch_is_fine_tuning_from_random_weights(photos, tmp_path, quick):

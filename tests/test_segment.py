@@ -574,3 +574,40 @@ def test_wrong_use_ends_in_one_line(table, tmp_path, capsys):
 def test_a_fault_of_the_table_is_one_line_with_its_place(tmp_path, capsys, text, words):
     (tmp_path / "tiles.csv").write_text(text)
     refused(capsys, 1, settings(tmp_path / "tiles.csv", tmp_path), *words)
+
+
+def altered(table: Path, folder: Path, number: int, edit) -> Path:
+    """A copy of the archive in which `edit` has changed one S2 file; its table."""
+    shutil.copytree(table.parent, folder)
+    edit(folder / "s2" / f"{number}.tif")
+    return folder / "tiles.csv"
+
+
+def test_a_tile_of_another_shape_than_its_mask_is_refused(table, tmp_path, capsys):
+    """It would be stretched; one of other pixels, as wide as it is high, is not."""
+
+    def rewrite(rows, columns):
+        return lambda path: write_tile(path, np.random.rand(rows, columns, 4).astype(np.float32))
+
+    argv = settings(altered(table, tmp_path / "a", 3, rewrite(10, 40)), tmp_path / "out")
+    refused(capsys, 1, argv, "s2/3.tif is 10 x 40", "mask/3.tif 40 x 40: they")
+    segment_run(altered(table, tmp_path / "b", 3, rewrite(20, 20)), tmp_path / "out")
+
+
+def test_a_bad_test_tile_is_found_before_the_training(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(segment, "train", lambda *_: pytest.fail("it has begun to train"))
+    cut = lambda path: path.write_bytes(path.read_bytes()[:-3000])  # noqa: E731
+    argv = settings(altered(table, tmp_path / "a", 11, cut), tmp_path / "out")
+    refused(capsys, 1, argv, "s2/11.tif")
+
+
+def test_a_map_of_a_single_class_is_told_of(table, tmp_path, capsys, monkeypatch):
+    whole = "the only class predicted"
+    monkeypatch.setattr(segment, "predict", lambda *_: np.zeros((4, 40, 40), np.uint8))
+    segment_run(table, tmp_path / "one")
+    assert f"  {whole}; more --epochs may help: a" in capsys.readouterr().out
+    two = np.zeros((4, 40, 40), np.uint8)
+    two[0, 0, 0] = 1
+    monkeypatch.setattr(segment, "predict", lambda *_: two)
+    segment_run(table, tmp_path / "two")
+    assert whole not in capsys.readouterr().out
