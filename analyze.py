@@ -544,9 +544,10 @@ def section_title(r: Result, sections: list[Result]) -> str:
     """The data set and all its settings in one line."""
     name = data_name(r)
     alike = [s for s in sections if (data_name(s), s.stage) == (name, r.stage)]
-    twins, named = {s.data for s in alike}, {s.classes for s in alike}
-    count = len({len(names) for names in named})  # where it tells no sections apart, their names do
-    classes = f"{len(r.classes)} classes" + f" ({', '.join(r.classes)})" * (count < len(named))
+    twins, lists = {s.data for s in alike}, {s.classes for s in alike}
+    classes = f"{len(r.classes)} classes"
+    if len({len(names) for names in lists}) < len(lists):  # their number tells no sections apart
+        classes += f" ({', '.join(r.classes)})"
     parts = [
         name + " (SYNTHETIC images)" * r.synthetic, "land cover maps" * (r.stage == "segment"),
         r.subset, f"split {r.split}", f"{r.size} px" if r.size else "", classes, r.head,
