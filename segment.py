@@ -574,14 +574,17 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
     if strange := {*(part or ())} - {"train", "val", "test"}:
         fail(1, f"{args.root}: split {min(strange)!r} is not train, val or test")
     files = {kind: [str(folder / row[kind]) for row in rows] for kind in ("mask", "s2", "s1")}
-    for kind, count in (("s2", len(args.s2_bands)), ("s1", len(args.s1_bands))):
-        for path, mask_path in zip(files[kind], files["mask"], strict=True):
-            tile, mask = bandcrop.info(path), bandcrop.info(mask_path)
-            if tile.bands != count:
-                fail(1, f"{path} has {tile.bands} bands, --{kind}-bands names {count}")
+    for row in rows:
+        info = {kind: bandcrop.info(str(folder / row[kind])) for kind in ("s2", "s1", "mask")}
+        mask = info["mask"]
+        for kind, order in (("s2", args.s2_bands), ("s1", args.s1_bands)):
+            path, tile = folder / row[kind], info[kind]
+            if tile.bands != len(order):
+                fail(1, f"{path} has {tile.bands} bands, --{kind}-bands names {len(order)}")
             if abs(tile.width * mask.height / (tile.height * mask.width) - 1) > 0.02:
-                fail(1, f"{path} is {tile.height} x {tile.width}, {mask_path} {mask.height} x "
-                        f"{mask.width}: they do not show the same ground")  # fmt: skip
+                size = f"{mask.height} x {mask.width}"
+                fail(1, f"{path} is {tile.height} x {tile.width}, {folder / row['mask']} {size}: "
+                        "they do not show the same ground")  # fmt: skip
     digest = digest_of([*map(digest_files, files.values()), part])
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
@@ -804,7 +807,7 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
         "seconds": seconds,
     })  # fmt: skip
     print(f"{title}: mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}", flush=True)
-    given = np.array(classes)[np.unique(predicted)]
+    given = [classes[i] for i in np.flatnonzero(np.sum(metrics["confusion"], axis=0))]
     for found, note in (
         ([name for name in classes if name not in metrics["classes"]], "not in the test masks"),
         (metrics["only_predicted"], "predicted, though no test mask holds it"),
