@@ -644,23 +644,19 @@ def read_masks(paths: list[str], args: argparse.Namespace) -> dict[str, np.ndarr
 
 def split_tiles(tiles: Tiles, args: argparse.Namespace, seed: int) -> tuple[np.ndarray, ...]:
     """Places of the training tiles, of those with a pixel that counts, and of the test tiles."""
-    rng = np.random.default_rng(seed)
-    wanted = args.num_images or (900 if args.dataset == "dfc2020" else None)  # paper
-    if args.split == "random":
-        order = rng.permutation(len(tiles.names))
-        take = wanted or len(order)
-        if args.num_images and take >= len(order):
-            fail(2, f"--num-images {take}: {args.root} has {len(order)} tiles, some must test")
-        take = take if take < len(order) else round(0.8 * len(order))
-        train, test = np.sort(order[:take]), np.sort(order[take:])
-    elif tiles.part is None:
+    random = args.split == "random"
+    if not random and tiles.part is None:
         fail(2, f"--split official: {args.root} has no column split; use --split random")
-    else:
-        part = np.array(tiles.part)
-        train, test = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
-        if (args.num_images or 0) > len(train):
-            fail(2, f"--num-images {args.num_images}: {len(train)} tiles are there to train on")
-        train = np.sort(rng.permutation(train)[:wanted])
+    tested = np.zeros(len(tiles.names), bool) if random else np.array(tiles.part) == "test"
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~tested))
+    most = len(order) - random  # at least one must test
+    if (args.num_images or 0) > most:
+        fail(2, f"--num-images {args.num_images}: at most {most} tiles are there to train on")
+    take = args.num_images or (900 if args.dataset == "dfc2020" else len(order))  # 900: paper
+    if random and take > most:
+        take = round(0.8 * len(order))
+    train = np.sort(order[:take])
+    test = np.sort(order[take:]) if random else np.flatnonzero(tested)
     counts, truth = (tiles.masks != IGNORED).any((1, 2)), tiles.masks[train]
     held = sum((truth == number).any() for number in range(len(args.classes)))
     if counts[train].sum() < 2 or held < 2 or not counts[test].any():
