@@ -253,19 +253,6 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def digest_files(files: Iterable[str]) -> str:
-    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs.
-
-    A file that comes twice is refused.
-    """
-    found: dict[str, os.stat_result] = {}
-    for file in files:
-        stat = os.stat(file)
-        if found.setdefault(os.path.realpath(file), stat) is not stat:
-            fail(1, f"{file} comes twice: trained and tested on, it would prove nothing")
-    return digest_of([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found.items()])
-
-
 def digest_of(value: Any) -> str:
     """sha256 over anything that JSON can hold: equal if and only if all in it is equal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -1212,7 +1199,7 @@ def main(args: argparse.Namespace) -> None:
             check_bands(args.weights, bands, args.stats)
         if args.embed and len(asked) > 1:
             fail(2, "--embed writes one file: give one band, or three")
-        files = digest_files(file for each in images.files for file in each)
+        files = bandcrop.digest(file for each in images.files for file in each)
         if args.embed:
             return embed(args, images, asked[0])
         if images.labels is None:

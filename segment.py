@@ -204,19 +204,6 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def digest_files(files: Iterable[str]) -> str:
-    """sha256 over paths, sizes and times of change: another archive, or other pixels, differs.
-
-    A file that comes twice is refused.
-    """
-    found: dict[str, os.stat_result] = {}
-    for file in files:
-        stat = os.stat(file)
-        if found.setdefault(os.path.realpath(file), stat) is not stat:
-            fail(1, f"{file} comes twice: trained and tested on, it would prove nothing")
-    return digest_of([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found.items()])
-
-
 def digest_of(value: Any) -> str:
     """sha256 over anything that JSON can hold: equal if and only if all in it is equal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -585,7 +572,7 @@ def list_tiles(args: argparse.Namespace) -> Tiles:
                 size = f"{mask.height} x {mask.width}"
                 fail(1, f"{path} is {tile.height} x {tile.width}, {folder / row['mask']} {size}: "
                         "they do not show the same ground")  # fmt: skip
-    digest = digest_of([*map(digest_files, files.values()), part])
+    digest = digest_of([*map(bandcrop.digest, files.values()), part])
     return Tiles(
         names=[row["mask"] for row in rows], files=list(zip(files["s2"], files["s1"], strict=True)),
         bands=band_places(args.s2_bands, args.s1_bands), part=part, digest=digest,

@@ -1,6 +1,9 @@
-"""Tables that name files: comma-separated text with a header, as people write and edit it."""
+"""Files by name: tables of them, as people write and edit them, and what tells archives apart."""
 
 import csv
+import hashlib
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,3 +40,17 @@ def read_table(path: str | Path, columns: Iterable[str]) -> list[dict[str, Any]]
     except csv.Error as error:
         raise TileError(f"{path}: line {number}: {error} (a stray quotation mark?)") from None
     return rows
+
+
+def digest(paths: Iterable[str]) -> str:
+    """sha256 over real paths, sizes and times of change: other files, or other pixels, differ.
+
+    Raises OSError where a file is not there; TileError where one comes twice, by any of its paths.
+    """
+    found: dict[str, tuple[str, int, int]] = {}
+    for path in paths:
+        stat, real = os.stat(path), os.path.realpath(path)
+        if real in found:
+            raise TileError(f"{path} comes twice: trained and tested on, it would prove nothing")
+        found[real] = real, stat.st_size, stat.st_mtime_ns
+    return hashlib.sha256(json.dumps([*found.values()]).encode()).hexdigest()
