@@ -302,18 +302,17 @@ def find_weights(text: str | None, arch: str) -> Weights:
     if text in NEW_WEIGHTS:
         return Weights(NEW_WEIGHTS[text], text, None, {"arch": arch}, {})
     digest = weights_digest(text)
-    others = ("pretrain.py's are encoder.safetensors; any other ResNet's are converted once: "
-              f"probe.py --weights other:{text} --export NEW")  # fmt: skip
     try:
         with safetensors.safe_open(text, "pt") as opened:
             metadata: dict[str, Any] = dict(opened.metadata() or {})
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for key in {"bands", "mean", "std"} & metadata.keys():
             metadata[key] = json.loads(metadata[key])
+        if not metadata.get("name") or metadata.get("arch") not in ARCHS:
+            raise ValueError("its metadata lack name or arch")
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        fail(1, f"{text}: no whole safetensors file ({error}); {others}")
-    if not metadata.get("name") or metadata.get("arch") not in ARCHS:
-        fail(1, f"{text}: no encoder of pretrain.py: its metadata lack name or arch; {others}")
+        fail(1, f"{text}: no whole encoder.safetensors of pretrain.py ({error}); others' are "
+                f"converted once: probe.py --weights other:{text} --export NEW")  # fmt: skip
     return Weights(metadata["name"], text, digest, metadata, tensors)
 
 
