@@ -88,7 +88,8 @@ PAPER_I = {
 }
 # Table II: classification F1, three channels. The header of a last column is lost in our copy of
 # the paper, so that column is left out. Columns: (data set, subset, bands).
-WHOLE = "whole data set"
+WHOLE = "all images"
+IMAGES = {"eurosat": 27000, "resisc45": 31500}  # all of them
 PAPER_II_COLUMNS = [
     ("eurosat", "subset 7000", "RGB"), ("eurosat", "subset 7000", "RE5,6,7"),
     ("eurosat", WHOLE, "RGB"), ("eurosat", WHOLE, "RE5,6,7"),
@@ -462,9 +463,6 @@ class Table:
                  recipes: dict[str, list[str]]) -> None:  # fmt: skip
         self.number, self.title, self.results = number, title, results
         self.stage, self.channels = results[0].stage, results[0].channels
-        paper = PAPER_TABLES.get((self.stage, self.channels))
-        like = f" (as the paper's Table {paper})" * bool(paper and results[0].dataset != "csv")
-        self.caption = f"Table {number}{like}. {title}"
         self.metric = next(iter(SHOWN[self.stage].values()))  # the one of verdicts and figures
         self.form = ".1f" if self.stage == "segment" else ".3f"
         self.recipes = recipes  # row: the rows of its pre-trainings
@@ -490,6 +488,9 @@ class Table:
                     if column != "mean" or self.bands == BANDS else "",
                 ))  # fmt: skip
             self.tests += make_tests(self, shown)
+        paper = PAPER_TABLES.get((self.stage, self.channels))
+        like = f" (as the paper's Table {paper})" * any(cell.paper for cell in self.cells)
+        self.caption = f"Table {number}{like}. {title}"
 
     def of(self, row: str) -> list[Result]:
         return [r for r in self.results if r.label in self.recipes.get(row, [row])]
@@ -517,12 +518,14 @@ class Table:
 def paper_value(r: Result, metric: str, column: str) -> str:
     """The paper's figure for one cell, as printed there; "" where it has none.
 
-    Only for the paper's data and head: DFC2020 with 8 classes and 900 tiles to learn from, EuroSAT
-    whole or 7000, SEN12MS 5000.
+    Only for the paper's data, network and head: DFC2020 with 8 classes and 900 tiles to learn from,
+    EuroSAT whole or 7000, SEN12MS 5000, RESISC45 whole; ResNet-50.
     """
     finetuned = r.finetuned and r.name != "scratch"
     other = r.head in ("linear", "knn") or r.train_images or finetuned
-    if other or r.synthetic or r.synthetic_tiles:
+    if other or r.synthetic or r.synthetic_tiles or r.config.get("arch") != "resnet50":
+        return ""
+    if r.subset == WHOLE and r.config["train"] + r.config["test"] < IMAGES.get(r.dataset, 0):
         return ""
     place, row = (r.dataset, r.subset, column), f"{r.name} {metric}"
     if r.stage == "probe" and r.name in PAPER_II and place in PAPER_II_COLUMNS:
@@ -677,18 +680,29 @@ def verdict(tables: list[Table]) -> str:
 
 
 def notes(table: Table) -> str:
+    """What a reader of the table must know, a sentence each."""
     unit = "mIoU and AA in %" if table.stage == "segment" else "Macro F1"
     counts = sorted({c.n for c in table.cells if c.n and c.over == "seeds"})
     seeds = f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} seed{'s' * (counts != [1])}"
     split = "on a fixed test set: seeds redraw the head, random weights and what is learnt from"
     if any(r.overlap for r in table.results):
         split = "widened by Nadeau and Bengio's correction for random splits that overlap"
+    interval = "mean ± 95 % t-interval"
+    said = [f"{unit}, {interval} over {seeds} (of a recipe: and pre-trainings), {split}."]
     scored = sorted({r.scored for r in table.results})
-    apart = f" A result's mean is over the {scored[0]} to {scored[-1]} classes in its test set."
-    return (f"{unit}, mean ± 95 % t-interval over {seeds} (of a recipe: and pre-trainings), "
-            f"{split}." + apart * (len(scored) > 1)
-            + " In brackets: the paper's figure." * any(cell.paper for cell in table.cells)
-            + f" {DASH}: no result.")  # fmt: skip
+    if len(scored) > 1:
+        least, most = scored[0], scored[-1]
+        said.append(f"A result's mean is over the {least} to {most} classes in its test set.")
+    held = {(cell.weights, cell.n) for cell in table.cells if cell.n and cell.bands != "mean"}
+    if len(held) > len({row for row, _ in held}):  # more seeds of one band than of another
+        said.append("Means of bands are over the seeds that all have, tests over the bands with "
+                    "most seeds.")  # fmt: skip
+    if len({r.epoch for r in table.results if r.recipe}) > 1 and table.recipes:
+        epochs = sorted({table.first(row).epoch for row in table.recipes})
+        said.append(f"Pre-trainings are judged at epoch {listed([f'{e:g}' for e in epochs])}.")
+    if any(cell.paper for cell in table.cells):
+        said.append("In brackets: the paper's figure.")
+    return " ".join([*said, f"{DASH}: no result."])
 
 
 # ---------------------------------------------------------------------------- text
@@ -1052,9 +1066,10 @@ def html_tables(table: Table) -> str:
     rows = [[escape(fixed(value, ".3g") if isinstance(value, float) else value)
              for value in map(vars(test).get, shown)] for test in table.tests]  # fmt: skip
     return (f"{text}<details><summary>Tests</summary>{html_table(shown, rows, 10)}<p class=note>"
-            "Holm's correction runs over the pairs against random, those against stats and all "
-            "others apart; low_holm and high_holm are the 95 % interval of a - b, corrected as "
-            "p_holm is. Bands of one sensor are alike: p over bands is too small."
+            "Holm's correction runs over the pairs against random, stats, scratch and others apart "
+            "(over seeds, bands and pre-trainings apart, too); low_holm and high_holm are the 95 % "
+            "interval of a - b, corrected as p_holm is. Bands of one sensor are alike: p over "
+            "bands is too small."
             "</p></details>\n")  # fmt: skip
 
 

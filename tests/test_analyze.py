@@ -552,7 +552,25 @@ def test_a_recipe_is_judged_at_the_latest_epoch_that_three_pre_trainings_have(tm
     table, few = tables_of(tmp_path)[0]
     assert table.shown() == [f"{OURS} (3 pre-trainings)"]
     assert table.first(table.shown()[0]).epoch == 30
+    assert "judged at epoch 30." in analyze.notes(table)
+    assert "judged at" not in analyze.notes(few)
     assert len(few.shown()) == 1  # judged, as no later encoder was probed with so few labels
+
+
+def test_bands_of_unequal_seeds_are_told_of(tmp_path):
+    for band, seeds in (("Red", 5), ("Green", 3)):
+        for seed in range(seeds):
+            score = 0.6 + 0.05 * seed + 0.1 * (band == "Green")
+            write(tmp_path, result(name="random", bands=(band,), seed=seed, score=score))
+    (table,), _ = tables_of(tmp_path)
+    means = {cell.bands: cell.mean for cell in table.cells}
+    assert means == pytest.approx({"Red": 0.7, "Green": 0.75, "mean": 0.7})
+    assert "Means of bands are over the seeds that all have" in analyze.notes(table)
+    (tmp_path / "even").mkdir()
+    for path in tmp_path.glob("*seed[012].json"):
+        path.rename(tmp_path / "even" / path.name)
+    (table,), _ = tables_of(tmp_path / "even")
+    assert "Means of bands" not in analyze.notes(table)
 
 
 def test_a_recipe_has_one_name_at_every_number_of_labels(tmp_path):
@@ -830,12 +848,16 @@ def test_the_papers_figures_stand_only_beside_the_papers_data(tmp_path):
     assert paper("segment", "SeCo", SAR, "aa", **tiles) == "60.9"
     assert paper("segment", "SeCo", SAR, "aa", subset=50) == ""
     assert paper("probe", "SeCo", RGB, "f1_macro") == "0.90"
-    assert paper("probe", "SeCo", RGB, "f1_macro", subset=None) == "0.92"
-    assert paper("probe", "Random init", RGB, "f1_macro", subset=None) == "0.50"
+    whole = {"subset": None, "train": 21600, "test": 5400}
+    assert paper("probe", "SeCo", RGB, "f1_macro", **whole) == "0.92"
+    assert paper("probe", "Random init", RGB, "f1_macro", **whole) == "0.50"
+    assert paper("probe", "SeCo", RGB, "f1_macro", **whole | {"train": 173, "test": 43}) == ""
+    assert paper("probe", "SeCo", RGB, "f1_macro", **whole | {"arch": "resnet18"}) == ""
     assert paper("probe", "Scratch supervised", RGB, "f1_macro", finetune=True) == "0.80"
     s12 = {"dataset": "sen12ms", "subset": 5000}
     assert paper("probe", "RS-BYOL-3 S1S2", SAR, "f1_macro", **s12) == "0.83"
-    assert paper("probe", "random", RGB, "f1_macro", dataset="resisc45", subset=None) == "0.36"
+    whole |= {"dataset": "resisc45", "train": 25200, "test": 6300}
+    assert paper("probe", "random", RGB, "f1_macro", **whole) == "0.36"
     for changes in ({"subset": 500}, {"dataset": "eurosat-rgb"}, {"synthetic": True},
                     {"encoder": {"synthetic": "true"}},
                     {"train_images": 10}, {"finetune": True}, {"head": "knn"}):  # fmt: skip
@@ -1276,10 +1298,11 @@ def test_two_lengths_of_one_file_are_told_apart_by_their_epochs(tmp_path):
 
 
 def test_the_papers_figures_are_named_only_where_they_stand(tmp_path):
-    for dataset, subset in (("csv", None), ("eurosat", 7000)):
+    for dataset, subset in (("csv", None), ("resisc45", 50), ("eurosat", 7000)):
         write(tmp_path / dataset, result(name="SeCo", bands=RGB, dataset=dataset, subset=subset))
-    (own,), _ = tables_of(tmp_path / "csv")
-    assert "paper" not in own.caption + analyze.notes(own)
+    for dataset in ("csv", "resisc45"):
+        (own,), _ = tables_of(tmp_path / dataset)
+        assert "paper" not in own.caption + analyze.notes(own)
     (theirs,), _ = tables_of(tmp_path / "eurosat")
     assert "as the paper's Table II" in theirs.caption
     assert "the paper's figure" in analyze.notes(theirs)
