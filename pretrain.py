@@ -103,7 +103,7 @@ RECIPES = {  # defaults that differ from the paper's
 # What a resumed run may change: where things are and how long it goes on, never what is computed.
 MAY_CHANGE = (
     "root", "pairs", "exclude", "out", "resume", "threads", "device", "compile", "bad_tiles",
-    "epochs", "max_steps", "checkpoint_every",
+    "epochs", "max_steps", "checkpoint_every", "log_every",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -239,8 +239,8 @@ def read_settings() -> tuple[Namespace, dict | None]:
         try:
             config = json.loads(file.read_text())
             saved, bands = unset | config["settings"], config["bands"]
-            keys = "epochs root pairs exclude bad_tiles checkpoint_every".split()  # as last
-            later = [f"--{k.replace('_', '-')}={saved[k]}" for k in keys if saved[k] is not None]
+            last = "epochs root pairs exclude bad_tiles checkpoint_every log_every".split()
+            later = [f"--{k.replace('_', '-')}={saved[k]}" for k in last if saved[k] is not None]
             now = parse([*shlex.split(str(config["command"]))[1:], *later, *typed])
             mean, std = np.array([bands["mean"], bands["std"]], float)
             sound = mean.shape == (len(bands["names"]),) and np.isfinite([mean, std]).all()
@@ -603,11 +603,17 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
     chosen = stream(args.seed, STATISTICS).permutation(len(archive.names))[:256]
     say(f"measuring band statistics: {len(archive.bands)} bands of {len(chosen)} pairs")
     file, band, width = (np.tile(x, (len(chosen), 1)) for x in archive.place.T)
-    with suppress(bandcrop.TileError):  # what is bad is found where it is read
-        tile = bandcrop.info(archive.files[0, chosen[0]])
-        if max(tile.height, tile.width) > 2048:
-            warn(f"S2 files are {tile.height} x {tile.width}: crops of a whole scene are shrunk: "
-                 "cut tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
+    largest = 0
+    for s2, s1 in archive.files[:, chosen].T:
+        with suppress(bandcrop.TileError):  # what is bad is found where it is read
+            a, b = bandcrop.info(s2), bandcrop.info(s1)
+            largest = max(largest, a.height, a.width)
+            if abs(a.width * b.height / (a.height * b.width) - 1) > 0.02:
+                fail(1, f"{s2} is {a.height} x {a.width}, {s1} {b.height} x {b.width}: they do not "
+                        "show the same ground")  # fmt: skip
+    if largest > 2048:
+        warn(f"S2 files have up to {largest} pixels a side: crops of a whole scene are shrunk: "
+             "cut tiles first: gdal_retile.py -ps 256 256 -targetDir tiles FILE")  # fmt: skip
     paths = tqdm(archive.files[file, chosen[:, None]].tolist(), disable=None, leave=False, ncols=79)
     bad = "report" if args.bad_tiles == "skip" else "raise"
     try:
@@ -1033,8 +1039,9 @@ def main() -> int:
     dtype = DTYPES[config["precision"]]
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     log = open_log(out, step)
-    watch_every = math.ceil(50 * archive.watched.shape[1] / len(archive.names))  # under 1 % of time
-    say(f"match, after every {watch_every} epochs and the last: 0 is best, 0.5 chance")
+    places = archive.watched.shape[1]
+    watch_every = math.ceil(50 * places / len(archive.names))  # under 1 % of time
+    say(f"match of {places} places, every {watch_every} epochs and at last: 0 is best, 0.5 chance")
     asked, waited, began = listen(), 0.0, time.monotonic()
     since = shown = saved = began
     sums, count = torch.zeros(4, device=device), 0  # loss, spread, cosine, replaced; steps

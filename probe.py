@@ -1045,7 +1045,7 @@ def save_cams(
         truth = images.labels[row]
         right = "right" if truth == guess else f"predicted as {images.classes[guess]}"
         for axis, title, pixels, colours in (
-            (line[0], f"{images.classes[truth]}: {right}", photo.transpose(1, 2, 0), "gray"),
+            (line[0], f"{images.classes[truth]}:\n{right}", photo.transpose(1, 2, 0), "gray"),
             (line[1], "FullGrad", heat, "inferno"),
             (line[2], "divided by the mean map", heat / mean, "inferno"),
         ):

@@ -722,10 +722,11 @@ def test_resume_takes_all_settings_and_refuses_others_by_name(finished, archive)
 
 def test_resume_goes_on_with_what_the_last_resume_changed(copy_of, archive, tmp_path):
     moved = shutil.copytree(archive, tmp_path / "moved")
-    trained("--resume", "--out", copy_of, "--root", moved, "--epochs", 5)
+    trained("--resume", "--out", copy_of, "--root", moved, "--epochs", 5, "--log-every", 3)
     config = json.loads((copy_of / "config.json").read_text())
     assert (config["settings"]["root"], config["settings"]["epochs"]) == (str(moved), 5)
     said = trained("--resume", "--out", copy_of)
+    assert json.loads((copy_of / "config.json").read_text())["settings"]["log_every"] == 3
     assert f"pairs of {moved}" in said and "resumed at step 15 of 15" in said
 
 
@@ -1056,6 +1057,17 @@ def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, ca
     listing.write_text("nothing.tif\n")
     assert "names no tile" in refused(2, "--mode", "single", "--root", archive, *SMALL, "--exclude",
                                       listing, "--out", tmp_path / "none")  # fmt: skip
+
+
+def test_tiles_of_other_shapes_are_no_pair(archive, tmp_path):
+    s1, s2 = sides_of(archive)
+    half = tmp_path / "half.tif"
+    tifffile.imwrite(half, np.zeros((2, 32, 64), np.float32), planarconfig="separate")
+    table = write_table(tmp_path / "pairs.csv", [*s1[:5], half, *s1[6:]], s2)
+    out = tmp_path / "out"
+    said = refused(1, "--mode", "single", "--pairs", table, *SMALL, *REST, "--out", out)
+    assert f"{s2[5]} is 64 x 64, {half} 32 x 64: they do not show the same ground" in said
+    assert not out.exists()
 
 
 def test_linear_power_and_whole_scenes_are_warned_of(tmp_path):
