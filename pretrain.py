@@ -1025,6 +1025,8 @@ def main() -> int:
     parts, state = build(args, device, config["precision"])
     byol, optimizer, scaler = parts.values()
     began_at, bad = state["step"], state["bad"]
+    if began_at > args.epochs * per_epoch:
+        fail(2, f"{out} is at epoch {began_at / per_epoch:g}, past --epochs {args.epochs}")
     step, end = began_at, max(began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize))
     millions = sum(weight.numel() for weight in byol.student.parameters()) / 1e6
     describe(args, device, config["precision"], end)

@@ -728,6 +728,9 @@ def test_resume_goes_on_with_what_the_last_resume_changed(copy_of, archive, tmp_
     said = trained("--resume", "--out", copy_of)
     assert json.loads((copy_of / "config.json").read_text())["settings"]["log_every"] == 3
     assert f"pairs of {moved}" in said and "resumed at step 15 of 15" in said
+    fewer = refused(2, "--resume", "--out", copy_of, "--epochs", 2)
+    assert "is at epoch 5, past --epochs 2" in fewer
+    assert "resumed at step 15 of 15" in trained("--resume", "--out", copy_of, "--epochs", 5)
 
 
 @pytest.mark.parametrize("data", ["eurosat", "csv"])
