@@ -101,10 +101,9 @@ RECIPES = {  # defaults that differ from the paper's
     "small": {"lr": 0.03, "tau": 0.99, "blur": "0,0", "erase": 0.0, "negatives": 0.2},  # PROOF.md
 }
 # What a resumed run may change: where things are and how long it goes on, never what is computed.
-MAY_CHANGE = (
-    "root", "pairs", "exclude", "out", "resume", "threads", "device", "compile", "bad_tiles",
-    "epochs", "max_steps", "checkpoint_every", "log_every",
-)  # fmt: skip
+# What is remembered holds until it is given anew; the others are of this machine and this call.
+REMEMBERED = ("root", "pairs", "exclude", "bad_tiles", "epochs", "checkpoint_every", "log_every")
+MAY_CHANGE = (*REMEMBERED, "out", "resume", "threads", "device", "compile", "max_steps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 NO_ARCHIVE = """no archive in {root}: give --root DIR (SEN12MS layout) or --pairs FILE.csv
@@ -239,8 +238,8 @@ def read_settings() -> tuple[Namespace, dict | None]:
         try:
             config = json.loads(file.read_text())
             saved, bands = unset | config["settings"], config["bands"]
-            last = "epochs root pairs exclude bad_tiles checkpoint_every log_every".split()
-            later = [f"--{k.replace('_', '-')}={saved[k]}" for k in last if saved[k] is not None]
+            kept = {k.replace("_", "-"): saved[k] for k in REMEMBERED if saved[k] is not None}
+            later = [f"--{key}={value}" for key, value in kept.items()]
             now = parse([*shlex.split(str(config["command"]))[1:], *later, *typed])
             mean, std = np.array([bands["mean"], bands["std"]], float)
             sound = mean.shape == (len(bands["names"]),) and np.isfinite([mean, std]).all()
