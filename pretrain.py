@@ -605,7 +605,8 @@ def band_statistics(archive: Archive, args: Namespace) -> tuple[list[float], lis
     largest = 0
     for s2, s1 in archive.files[:, chosen].T:
         with suppress(bandcrop.TileError):  # what is bad is found where it is read
-            a, b = bandcrop.info(s2), bandcrop.info(s1)
+            a = bandcrop.info(s2)
+            b = bandcrop.info(s1) if args.views == "ms-sar" else a  # ms-ms reads no S1 file
             largest = max(largest, a.height, a.width)
             if abs(a.width * b.height / (a.height * b.width) - 1) > 0.02:
                 fail(1, f"{s2} is {a.height} x {a.width}, {s1} {b.height} x {b.width}: they do not "

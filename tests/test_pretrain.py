@@ -1071,6 +1071,7 @@ def test_tiles_of_other_shapes_are_no_pair(archive, tmp_path):
     said = refused(1, "--mode", "single", "--pairs", table, *SMALL, *REST, "--out", out)
     assert f"{s2[5]} is 64 x 64, {half} 32 x 64: they do not show the same ground" in said
     assert not out.exists()
+    trained("--mode", "single", "--views", "ms-ms", "--pairs", table, *SMALL, *REST, "--out", out)
 
 
 def test_linear_power_and_whole_scenes_are_warned_of(tmp_path):
