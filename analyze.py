@@ -274,7 +274,8 @@ def without_copies(results: list[Result], faults: list[str]) -> list[Result]:
         for r in found:
             same = runs.setdefault(clean(r.config.get("identity") or r.config), r)
             if same is not r:
-                faults.append(f"{r.path}: the same run as {same.path}, which is kept")
+                but = ", with other numbers" * (r.metrics != same.metrics)
+                faults.append(f"{r.path}: the same run as {same.path}{but}, which is kept")
             elif len(runs) > 1:
                 r.label = named(r.label, [f"file {clean(r.path.stem)}"])
         kept += runs.values()

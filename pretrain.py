@@ -692,7 +692,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError
         beside.unlink(missing_ok=True)
-        fail(1, f"cannot save {path}: {reason(error)}: once that is mended, --resume goes on")
+        fail(1, f"cannot save {path} (a full disk?): {reason(error)}: once that is mended, "
+                "--resume goes on")  # fmt: skip
 
 
 def say(text: str, where: TextIO | None = None) -> None:
@@ -992,6 +993,8 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
     """What learns (networks, optimizer, loss scaling) and where it stands: new, or resumed."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
     encoder = make_encoder(args.arch, CHANNELS[args.mode])
+    if not isinstance(encoder, torchvision.models.ResNet):  # your own: --arch does not name it
+        args.arch = type(encoder).__name__
     byol = BYOL(encoder, args.hidden, args.projection, args.negatives)
     if WORLD > 1 and device.type == "cuda":
         byol = nn.SyncBatchNorm.convert_sync_batchnorm(byol)

@@ -249,6 +249,8 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:  # a full disk names no file
+        fail(1, f"cannot write {path}: {error.strerror or error}")
     finally:
         beside.unlink(missing_ok=True)
 
@@ -423,8 +425,10 @@ def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
     if args.split == "random":
         return None
     if args.dataset == "csv":
-        if not images.part or args.split != "official":
+        if args.split != "official":
             fail(2, f"--split {args.split}: a csv has its column split (official) or random")
+        if not images.part:
+            fail(2, f"--split official: {args.root} has no column split; use --split random")
         return images.part
     stem = args.dataset.removesuffix("-rgb") + "-spatial" * (args.split == "spatial")
     lists = {part: f"{stem}-{part}.txt" for part in ("train", "val", "test")}
@@ -491,7 +495,8 @@ def split_images(
     classes = len(np.unique(labels[fit]))
     if min(len(fit), len(val), len(test), classes) < 2:
         fail(1, f"{args.root}, --split {args.split}: too few: {len(fit)} images of {classes} "
-                f"classes to fit, {len(val)} to validate, {len(test)} to test")  # fmt: skip
+                f"classes to fit, {len(val)} to validate, {len(test)} to test (2 of each needed); "
+                "see --subset, --train-images")  # fmt: skip
     return Split(fit, val, test, listed)
 
 
@@ -605,8 +610,10 @@ def find_weights(text: str | None, arch: str) -> Weights:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for key in {"bands", "mean", "std"} & metadata.keys():
             metadata[key] = json.loads(metadata[key])
-        if not metadata.get("name") or metadata.get("arch") not in ARCHS:
-            raise ValueError("its metadata lack name or arch")
+        if not metadata.get("name"):
+            raise ValueError("its metadata lack a name")
+        if metadata.get("arch") not in ARCHS:
+            raise ValueError(f"arch {metadata.get('arch')!r} is none of {', '.join(ARCHS)}")
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         fail(1, f"{text}: no whole encoder.safetensors of pretrain.py ({error}); others' are "
                 f"converted once: probe.py --weights other:{text} --export NEW")  # fmt: skip
@@ -756,6 +763,8 @@ def by_torchvisions_names(kind: str, found: dict[str, Any]) -> dict[str, Any]:
     start = min(firsts, key=len, default="").removesuffix("conv1.weight")
     if kind == "seco":  # Lightning: encoder_q.0 = conv1, .1 = bn1, .4-.7 = layer1-layer4
         start = "encoder_q."
+    if others := [key for key in firsts if not key.startswith(start)]:  # a student and its teacher
+        print(f"of several networks in the file: {start}*, not that with {others[0]}", flush=True)
     children = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool fc".split()
     return {
         re.sub(r"^\d", lambda place: children[int(place[0])], key.removeprefix(start)): value
@@ -1150,6 +1159,9 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
           f"{metrics['f1_macro']:.3f}, accuracy {metrics['accuracy']:.3f}", flush=True)  # fmt: skip
     if unseen:
         print(f"  never seen by the encoder: {', '.join(unseen)}", flush=True)
+    learnt = {images.classes[label] for label in images.labels[split.train]}
+    if never := sorted({*metrics["classes"]} - learnt):
+        print(f"  tested, but in no training image: {', '.join(never)}", flush=True)
     if absent := sorted({*images.classes} - {*metrics["classes"]}):
         print(f"  in no test image: {', '.join(absent)}", flush=True)
     if extra := metrics["only_predicted"]:

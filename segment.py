@@ -57,7 +57,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: fail(2, f"{message} (see --help)")
     add = parser.add_argument
     add("--dataset", required=True, choices=["dfc2020", "csv"])
-    add("--root", type=Path, help="its folder, or FILE.csv: s1,s2,mask[,split] (data/dfc2020)")
+    add("--root", type=Path, help="its folder, or FILE.csv: s1,s2,mask[,split], of one ground a "
+        "line, in pixels of any size (data/dfc2020)")
     add("--band", "--bands", dest="bands", required=True,
         help="RE5 or B05; RE5,RE6,RE7; RGB, RE or SAR; all")
     add("--s1-bands", help="csv: bands of the s1 files in order (VV,VH)")
@@ -200,6 +201,8 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:  # a full disk names no file
+        fail(1, f"cannot write {path}: {error.strerror or error}")
     finally:
         beside.unlink(missing_ok=True)
 
@@ -308,8 +311,10 @@ def find_weights(text: str | None, arch: str) -> Weights:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for key in {"bands", "mean", "std"} & metadata.keys():
             metadata[key] = json.loads(metadata[key])
-        if not metadata.get("name") or metadata.get("arch") not in ARCHS:
-            raise ValueError("its metadata lack name or arch")
+        if not metadata.get("name"):
+            raise ValueError("its metadata lack a name")
+        if metadata.get("arch") not in ARCHS:
+            raise ValueError(f"arch {metadata.get('arch')!r} is none of {', '.join(ARCHS)}")
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         fail(1, f"{text}: no whole encoder.safetensors of pretrain.py ({error}); others' are "
                 f"converted once: probe.py --weights other:{text} --export NEW")  # fmt: skip
@@ -790,8 +795,10 @@ def run(args: argparse.Namespace, tiles: Tiles, bands: list[str], seed: int) -> 
     })  # fmt: skip
     print(f"{title}: mIoU {metrics['miou']:.3f}, AA {metrics['aa']:.3f}", flush=True)
     given = [classes[i] for i in np.flatnonzero(np.sum(metrics["confusion"], axis=0))]
+    learnt = {classes[i] for i in np.unique(tiles.masks[used]) if i != IGNORED}
     for found, note in (
         ([name for name in classes if name not in metrics["classes"]], "not in the test masks"),
+        (sorted({*metrics["classes"]} - learnt), "tested, but in no training mask"),
         (metrics["only_predicted"], "predicted, though no test mask holds it"),
         (given if len(given) == 1 else [], "the only class predicted; more --epochs may help"),
         (unseen, "never seen by the encoder"),

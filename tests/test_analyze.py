@@ -742,10 +742,10 @@ def test_runs_of_other_files_are_never_called_the_same(tmp_path):
     """Where only the digest of all that determines a result tells them apart, it does."""
     write(tmp_path, result(score=0.8, identity="a" * 64), "one")
     write(tmp_path, result(score=0.2, identity="b" * 64), "two")
-    write(tmp_path, result(score=0.2, identity="b" * 64, device="cuda"), "copy of two")
+    write(tmp_path, result(score=0.3, identity="b" * 64, device="cuda"), "two2")
     (table,), (fault,) = tables_of(tmp_path)
     assert sorted(c.mean for c in table.cells) == [0.2, 0.8]
-    assert "the same run as" in fault and "two.json" in fault
+    assert "the same run as" in fault and "two.json, with other numbers, which" in fault
 
 
 def test_a_choice_that_a_probe_makes_for_each_seed_is_no_setting(tmp_path):
@@ -931,7 +931,7 @@ def test_broken_unknown_and_duplicate_results_are_named_and_left_out(tmp_path, c
     said = capsys.readouterr().err
     named = [line.split("left out: ")[1].split(": ")[0] for line in said.splitlines()]
     assert sorted(named) == sorted([str(results / f"{name}.json") for name in bad] + [str(same)])
-    assert "schema 2 is unknown" in said and f"the same run as {good}" in said
+    assert "schema 2 is unknown" in said and f"the same run as {good}, which" in said
     assert [r["mean"] for r in csv_rows(tmp_path / "out/tables.csv")] == ["0.8"]
     assert "schema 2 is unknown" in (tmp_path / "out/index.html").read_text()
 

@@ -1194,7 +1194,9 @@ def test_readmes_code_swaps_encoder_augmentation_and_data(archive, tmp_path, mon
         monkeypatch.setattr(pretrain, swapped.__name__, swapped)
     out = tmp_path / "run"
     said = trained("--mode", "single", "--root", tmp_path, *SMALL, "--epochs", 1, "--out", out)
-    assert ": 8 pairs" in said
+    assert ": 8 pairs" in said and "\nTiny, 0." in said
+    with safe_open(out / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["arch"] == "Tiny"
     shapes = {k: v.shape for k, v in load_file(out / "encoder.safetensors").items()}
     assert shapes == {"stem.weight": (12, 1, 3, 3), "stem.bias": (12,)}
     assert seen == [((8, 1, 32, 32), (8, 7))] * 2  # two steps of four pairs

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -465,6 +466,19 @@ def test_each_published_layout_gives_the_encoder_it_was_made_from(kind, arch, re
         assert torch.equal(encoder(one), body(one.repeat(1, 3, 1, 1)))
 
 
+def test_the_network_taken_of_several_in_a_file_is_named(resnets, tmp_path, capsys):
+    own = layout("torchvision", resnets["resnet18"])
+    both = {f"student.{k}": v for k, v in own.items()}
+    both |= {f"teacher.{k}": torch.zeros_like(v) for k, v in own.items()}
+    torch.save(both, tmp_path / "w.pth")
+    _, encoder = loaded("other", tmp_path / "w.pth")
+    assert torch.equal(encoder.conv1.weight, own["conv1.weight"])
+    assert "file: student.*, not that with teacher.conv1" in capsys.readouterr().out
+    torch.save(own, tmp_path / "w.pth")
+    loaded("other", tmp_path / "w.pth")
+    assert not capsys.readouterr().out
+
+
 def test_an_exported_encoder_is_ours(resnets, tmp_path, capsys):
     torch.save(resnets["resnet18"].state_dict(), tmp_path / "w.pth")
     weights, encoder = loaded("imagenet", tmp_path / "w.pth")
@@ -895,6 +909,15 @@ def test_an_interrupted_run_leaves_whole_results_and_the_rerun_completes_it(
     assert [part.exists() for part in parts] == [False, True]  # the second's process still writes
 
 
+def test_a_full_disk_is_told_with_the_file(photos, tmp_path, capsys, monkeypatch, quick):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(capsys, 1, settings(photos, tmp_path), "cannot write", ".json: No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 def test_maps_are_added_to_a_finished_run_without_touching_it(photos, tmp_path):
     probe_run(photos, tmp_path)
     [path] = tmp_path.iterdir()
@@ -967,15 +990,19 @@ def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floo
     assert "Random init, resnet18" in capsys.readouterr().out.splitlines()[-2]
 
 
-def test_classes_without_a_test_image_are_named(photos, tmp_path, capsys, quick):
+def test_classes_without_a_test_or_a_training_image_are_named(photos, tmp_path, capsys, quick):
     rows = [{"image": str(path), "label": path.parent.name, "split": ("train", "test")[at % 2]}
             for at, path in enumerate(sorted(photos.glob("*/*")))]  # fmt: skip
     for row in rows:
         if row["label"] == CLASSES[1]:
             row["split"] = "train"
+        if row["label"] == CLASSES[2]:
+            row["split"] = "test"
     table(tmp_path / "t.csv", rows)
     probe_run(tmp_path / "t.csv", tmp_path, dataset="csv")
-    assert f"\n  in no test image: {CLASSES[1]}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"\n  in no test image: {CLASSES[1]}\n" in said
+    assert f"\n  tested, but in no training image: {CLASSES[2]}\n" in said
 
 
 def test_a_result_is_not_taken_as_done_where_it_is_damaged_and_named_where_the_script_changed(

@@ -601,6 +601,24 @@ def test_a_bad_test_tile_is_found_before_the_training(table, tmp_path, capsys, m
     refused(capsys, 1, argv, "s2/11.tif")
 
 
+def test_a_class_without_a_training_mask_is_told_of(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(segment, "predict", lambda *_: np.zeros((4, 40, 40), np.uint8))
+    segment_run(table, tmp_path / "all")
+    assert "no training mask" not in capsys.readouterr().out
+    tiles, args = tiles_of(table, tmp_path)
+    train = segment.split_tiles(tiles, args, 0)[0]
+    read = segment.read_masks
+
+    def without(paths, args):
+        found = read(paths, args)
+        found["masks"][train] = np.where(found["masks"][train] == 1, 0, found["masks"][train])
+        return found
+
+    monkeypatch.setattr(segment, "read_masks", without)
+    segment_run(table, tmp_path / "some")
+    assert "  tested, but in no training mask: b\n" in capsys.readouterr().out
+
+
 def test_a_map_of_a_single_class_is_told_of(table, tmp_path, capsys, monkeypatch):
     whole = "the only class predicted"
     monkeypatch.setattr(segment, "predict", lambda *_: np.zeros((4, 40, 40), np.uint8))
