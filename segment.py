@@ -703,7 +703,7 @@ def draw_maps(path: Path, tiles: list[tuple], classes: list[str]) -> None:
     from matplotlib.patches import Patch
 
     colours, last = colormaps["tab20"].resampled(len(classes)), len(classes) - 1
-    figure = Figure(figsize=(7.5, 2.5 * len(tiles) + 0.8), layout="constrained")
+    figure = Figure(figsize=(7.5, 2.65 * len(tiles) + 0.9), layout="constrained")
     axes = figure.subplots(len(tiles), 3, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for row, (name, image, truth, guess) in zip(axes, tiles, strict=True):
         pixels = np.clip(image / 4 + 0.5, 0, 1).transpose(1, 2, 0)  # two deviations either way
