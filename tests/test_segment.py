@@ -344,7 +344,7 @@ def test_a_result_follows_the_schema_and_a_rerun_skips_it(table, tmp_path, monke
     assert {"size", "arch", "classes", "train", "test", "lr", "losses"} <= set(first["config"])
     assert set(first["seconds"]) == {"read", "encode", "train"}
     sheets = list(tmp_path.glob("*-maps.png"))
-    assert [Image.open(sheet).size for sheet in sheets] == [(900, 396)] * 2  # a row each
+    assert [Image.open(sheet).size for sheet in sheets] == [(900, 426)] * 2  # a row each
     for path in tmp_path.iterdir():
         assert f"wrote {path}" in said
     mean = np.mean([result["metrics"]["miou"] for result in (first, second)])
