@@ -690,10 +690,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError
+    except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        fail(1, f"cannot save {path} (a full disk?): {reason(error)}: once that is mended, "
-                "--resume goes on")  # fmt: skip
+        why = "a full disk? " * isinstance(error, RuntimeError) + reason(error)  # torch's says not
+        fail(1, f"cannot save {path}: {why}: once that is mended, --resume goes on")
 
 
 def say(text: str, where: TextIO | None = None) -> None:

@@ -311,14 +311,13 @@ def find_weights(text: str | None, arch: str) -> Weights:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for key in {"bands", "mean", "std"} & metadata.keys():
             metadata[key] = json.loads(metadata[key])
-        if not metadata.get("name"):
-            raise ValueError("its metadata lack a name")
-        if metadata.get("arch") not in ARCHS:
-            raise ValueError(f"arch {metadata.get('arch')!r} is none of {', '.join(ARCHS)}")
+        name, arch = metadata.get("name"), metadata.get("arch")
+        if not name or arch not in ARCHS:
+            raise ValueError(f"its metadata have name {name!r}, arch {arch!r}")
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         fail(1, f"{text}: no whole encoder.safetensors of pretrain.py ({error}); others' are "
                 f"converted once: probe.py --weights other:{text} --export NEW")  # fmt: skip
-    return Weights(metadata["name"], text, digest, metadata, tensors)
+    return Weights(name, text, digest, metadata, tensors)
 
 
 def weights_digest(file: str) -> str:
