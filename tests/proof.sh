@@ -253,6 +253,13 @@ done
 for weights in scratch "$EARLY --finetune"; do
     probe $RGB --band Red --epochs 15 --weights $weights
 done
+FEW="$RGB --band Red --train-images 200 --seeds 2"
+probe $FEW --weights scratch
+for seed in 0 1 2; do
+    for how in --finetune --bn=reestimate; do
+        probe $FEW $how --weights "$RUNS/negatives-seed$seed/encoder-epoch0070.safetensors"
+    done
+done
 for weights in scratch "$LATE --finetune"; do
     probe $RGB --band Red --epochs 60 --seeds 3 --weights $weights # 40 minutes a seed
     probe $RADAR --epochs 15 --weights $weights
