@@ -690,9 +690,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch's RuntimeError does not name a full disk
         beside.unlink(missing_ok=True)
-        why = "a full disk? " * isinstance(error, RuntimeError) + reason(error)  # torch's says not
+        why = reason(error) if isinstance(error, OSError) else f"a full disk? {reason(error)}"
         fail(1, f"cannot save {path}: {why}: once that is mended, --resume goes on")
 
 
