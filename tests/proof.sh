@@ -296,6 +296,11 @@ for views in ms-sar ms-ms; do
         done
     done
 done
+for weights in random "$RUNS/negatives-seed1/encoder.safetensors"; do
+    for band in VV VH; do
+        segment --band $band --epochs 30 --seeds 3 --split random --weights "$weights"
+    done
+done
 $PYTHON analyze.py "$RESULTS" --runs "$RUNS" --out report/proof-claim
 
 # A page of its own for the settings, one change at a time.
