@@ -232,9 +232,14 @@ def read_settings() -> tuple[Namespace, dict | None]:
         name = run_name(args, args.num_pairs).lower()
         args.out = Path("runs", name.replace(" ", "-").replace("/", "-"))
     file = (args.out or Path("runs")) / "config.json"
+    names = ("checkpoint.pt", "encoder.safetensors")
+    made = [name for name in names if file.with_name(name).exists()]
     if file.exists():
         if not args.resume:
             fail(2, f"{args.out} holds another run: --resume goes on, or choose another --out")
+        if made == ["encoder.safetensors"]:
+            fail(2, f"{args.out}: no checkpoint.pt, from which --resume would go on, beside the "
+                    "encoder: choose another --out")  # fmt: skip
         try:
             config = json.loads(file.read_text())
             saved, bands = unset | config["settings"], config["bands"]
@@ -256,8 +261,8 @@ def read_settings() -> tuple[Namespace, dict | None]:
         ]
         if changed:
             fail(2, f"{args.out} was started otherwise: {'; '.join(changed)}")
-    elif file.with_name("checkpoint.pt").exists():
-        fail(2, f"{args.out}: checkpoint.pt without its config.json: choose another --out")
+    elif made:
+        fail(2, f"{args.out}: {made[0]} without its config.json: choose another --out")
     elif not args.mode:
         fail(2, f"--mode is needed: single, three or rgb; or --resume --out RUN (no run in {file})")
     if args.lr < args.lr_min:
@@ -588,10 +593,12 @@ def open_archive(args: Namespace) -> Archive:
     sha = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     sides = zip(*listed, strict=True)
     files = np.array([[str(root / path) for path in side] for side in sides], object)
-    some = files[:, :: math.ceil(len(listed) / 1000)].flat
-    sizes = [os.path.isfile(path) and os.path.getsize(path) for path in some]
-    content = hashlib.sha256(json.dumps([sha, *sizes]).encode()).hexdigest()
-    about = {"used": len(names), "sha256": sha, "files": content, "excluded": found - len(listed),
+    content = hashlib.sha256(sha.encode())
+    for path in files[:, :: math.ceil(len(listed) / 1000)].flat:
+        with suppress(OSError), open(path, "rb") as file:
+            content.update(file.read(16384) + b"%d" % file.seek(0, os.SEEK_END))
+    about = {"used": len(names), "sha256": sha, "files": content.hexdigest(),
+             "excluded": found - len(listed),
              "synthetic": (root / "SYNTHETIC.txt").exists()}  # fmt: skip
     return Archive(names, files[:, chosen], files[:, watched], list(place),
                    np.array([*place.values()]), args.nodata, about)  # fmt: skip
@@ -743,7 +750,7 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
         "bands": json.dumps(bands["names"]), "mean": json.dumps(bands["mean"]),
         "std": json.dumps(bands["std"]), "synthetic": str(pairs["synthetic"]).lower(),
         "pairs": str(pairs["used"]), "archive": pairs.get("files", pairs["sha256"])[:12],
-        "code": config["versions"].get("pretrain.py", ""),
+        "code": config["versions"]["pretrain.py"],
     } | {key: str(settings[key]) for key in ("arch", "mode", "views", "seed", "size")}  # fmt: skip
     if settings["exclude"]:
         about["exclude"] = f"{pairs['excluded']} pairs of {Path(settings['exclude']).name}"
@@ -752,19 +759,21 @@ def save_encoder(path: Path, encoder: nn.Module, config: dict, epoch: float) -> 
     write_atomic(path, lambda part: part.write_bytes(safetensors.torch.save(tensors, about)))
 
 
-def save(out: Path, config: dict, parts: dict, state: dict, epoch: float) -> None:
-    """All that a resumed run needs; the checkpoint comes last, as all before it is redone."""
+def save(
+    out: Path, config: dict, parts: dict, step: int, per_epoch: int, bad: dict[str, str]
+) -> None:
+    """All that a resumed run needs, and then what it would make again."""
     if RANK:
         return
     byol = parts["byol"]
     if not all(bool(value.isfinite().all()) for value in byol.state_dict().values()):
-        raise FloatingPointError(f"by step {state['step']}")
-    if state["bad"]:
-        rows = "".join(f"{pair}\t{message}\n" for pair, message in state["bad"].items())
-        write_atomic(out / "bad_tiles.txt", lambda part: part.write_bytes(os.fsencode(rows)))
-    save_encoder(out / "encoder.safetensors", byol.student.encoder, config, epoch)
-    state = {name: part.state_dict() for name, part in parts.items()} | state
+        raise FloatingPointError(f"by step {step}")
+    state = {name: part.state_dict() for name, part in parts.items()} | {"step": step}
     write_atomic(out / "checkpoint.pt", partial(torch.save, state))
+    save_encoder(out / "encoder.safetensors", byol.student.encoder, config, step / per_epoch)
+    if bad:
+        rows = "".join(f"{pair}\t{message}\n" for pair, message in bad.items())
+        write_atomic(out / "bad_tiles.txt", lambda part: part.write_bytes(os.fsencode(rows)))
 
 
 def open_log(out: Path, step: int) -> TextIO:
@@ -968,10 +977,12 @@ def prepare() -> tuple[Namespace, dict, Archive, torch.device]:
     if (began | {"files": ""}, bands["names"]) != (now | {"files": ""}, archive.bands):
         fail(2, f"{args.out} was started with other pairs or bands: choose another --out")
     if began.get("files", now["files"]) != now["files"]:
-        warn("files of the archive have other sizes than at the start: fine if repacked; if they "
-             "show other places, choose another --out")  # fmt: skip
-    if config["versions"].get("pretrain.py") != CODE:
+        warn("files of the archive are others than at the start: fine if repacked; if they show "
+             "other places, or in other units, choose another --out")  # fmt: skip
+    code = str(config["versions"].get("pretrain.py"))
+    if CODE not in code:
         warn(f"{args.out} was started by another version of this script")
+        config["versions"]["pretrain.py"] = f"{code}+{CODE}"
     config |= {"name": run_name(args, pairs), "settings": vars(args)}
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=1, default=str)  # str: of the path --out
@@ -989,8 +1000,8 @@ def form_of(value: object) -> object:
     return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
 
 
-def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, dict]:
-    """What learns (networks, optimizer, loss scaling) and where it stands: new, or resumed."""
+def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, int]:
+    """What learns (networks, optimizer, loss scaling) and at which step: new, or resumed."""
     torch.manual_seed(args.seed)  # the only use of torch's generator: the first weights
     encoder = make_encoder(args.arch, CHANNELS[args.mode])
     if not isinstance(encoder, torchvision.models.ResNet):  # your own: --arch does not name it
@@ -1001,33 +1012,34 @@ def build(args: Namespace, device: torch.device, precision: str) -> tuple[dict, 
     byol = byol.to(device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     parts = {"byol": byol, "optimizer": make_optimizer(byol, args), "scaler": scaler}
-    state, file = {"step": 0, "bad": {}}, args.out / "checkpoint.pt"
+    step, file = 0, args.out / "checkpoint.pt"
     try:
         if file.exists():
             if damaged := zipfile.ZipFile(file).testzip():  # torch does not verify checksums
                 raise ValueError(f"the checksum of {damaged}")
-            new = {name: part.state_dict() for name, part in parts.items()} | state
+            new = {name: part.state_dict() for name, part in parts.items()} | {"step": 0}
             state = torch.load(file, map_location="cpu", weights_only=True)
-            new["bad"] = {**state["bad"]}
             if tree_map(form_of, new) != tree_map(form_of, state) or state["step"] < 0:
                 raise ValueError("it holds something else than such a run")
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))
+            step = state["step"]
     except Exception as error:  # a damaged file fails in many ways
         if out_of_memory(error):
             raise
         fail(1, f"{file} is damaged or of another version ({reason(error)}): use another --out")
-    if len({*(steps := everyone(state["step"]))}) > 1:
+    if len({*(steps := everyone(step))}) > 1:
         fail(2, f"the processes start at steps {steps}: give all nodes the same {args.out}")
-    return parts, state
+    return parts, step
 
 
 def main() -> int:
     args, config, archive, device = prepare()
     out, per_epoch = args.out, len(archive.names) // args.batch_size
-    parts, state = build(args, device, config["precision"])
+    parts, began_at = build(args, device, config["precision"])
     byol, optimizer, scaler = parts.values()
-    began_at, bad = state["step"], state["bad"]
+    bad: dict[str, str] = {}  # pairs that could not be read, and why: anew in each session
+    save_now = partial(save, out, config, parts, per_epoch=per_epoch, bad=bad)
     if began_at > args.epochs * per_epoch:
         fail(2, f"{out} is at epoch {began_at / per_epoch:g}, past --epochs {args.epochs}")
     step, end = began_at, max(began_at, min(args.epochs * per_epoch, args.max_steps or sys.maxsize))
@@ -1056,7 +1068,7 @@ def main() -> int:
     for batch in bandcrop.stream(wanted, shape, device, args.threads):
         if problem := replace_bad(batch, bad, archive, args):
             if step > began_at:
-                save(out, config, parts, state, step / per_epoch)
+                save_now(step)
             fail(1, problem)
         draws = torch.from_numpy(batch.request["extra"]["draws"]).to(device, non_blocking=True)
         views = augment(batch.x, draws, args).contiguous(memory_format=torch.channels_last)
@@ -1068,8 +1080,7 @@ def main() -> int:
         compiles = args.compile and step == began_at
         sums[:3] += first_step(byol, take) if compiles else take()
         sums[3] += WORLD * int(batch.report.replaced.sum())  # of the mean over processes
-        step = state["step"] = step + 1
-        count, waited = count + 1, waited + batch.waited
+        step, count, waited = step + 1, count + 1, waited + batch.waited
 
         # What is due after this step: a log line, an encoder, a checkpoint
         epoch, within = divmod(step, per_epoch)
@@ -1119,13 +1130,15 @@ def main() -> int:
             file = out / f"encoder-epoch{epoch:04d}.safetensors"
             save_encoder(file, byol.student.encoder, config, epoch)
         if due or last:
-            save(out, config, parts, state, step / per_epoch)
+            save_now(step)
             saved = time.monotonic()
         if stop:
             say(f"stopped at step {step} of {end}, saved: --resume --out {shlex.quote(str(out))}")
             return 128 + stop
     bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
-    encoder = out / "encoder.safetensors"
+    encoder, saved_at = out / "encoder.safetensors", (out / "checkpoint.pt").stat().st_mtime_ns
+    if not encoder.exists() or encoder.stat().st_mtime_ns < saved_at:  # deleted; a kill in `save`
+        save_encoder(encoder, byol.student.encoder, config, step / per_epoch)
     order = shlex.quote(args.s2_bands)
     data = f"csv --root LABELS.csv --bands-in-file={order}" if args.pairs else "eurosat"
     done = "done" if step >= args.epochs * per_epoch else f"stopped at step {step} by --max-steps,"

@@ -627,10 +627,10 @@ def fork(errors: Path, trouble: partial | None, *arguments: object) -> tuple[int
 
 
 # The first save comes after step 4, between log lines. Before it config.json, log.jsonl, views.png
-# and epoch 1's encoder were renamed; it renames encoder.safetensors, then checkpoint.pt.
+# and epoch 1's encoder were renamed; it renames checkpoint.pt, then encoder.safetensors.
 @pytest.mark.parametrize(
-    "function, call, resumed_at", [("train_step", 7, 4), ("replace", 6, 0)],
-    ids=["in a step", "between an encoder and its checkpoint"],
+    "function, call, resumed_at", [("train_step", 7, 4), ("replace", 5, 0), ("replace", 6, 4)],
+    ids=["in a step", "before a checkpoint", "between a checkpoint and its encoder"],
 )  # fmt: skip
 def test_resume_after_sigkill_is_bit_identical(
     function, call, resumed_at, finished, archive, tmp_path
@@ -777,15 +777,17 @@ def test_other_partners_are_refused(archive, tmp_path):
     assert "resumed at step 2" in trained("--resume", "--out", out, "--max-steps", 3)
 
 
-def test_files_of_other_sizes_under_the_same_names_are_told_of(archive, tmp_path):
+@pytest.mark.parametrize("change", [np.flipud, lambda x: np.pad(x, [(0, 1), (0, 1), (0, 0)])],
+                         ids=["pixels", "sizes"])  # fmt: skip
+def test_other_files_under_the_same_names_are_told_of(archive, tmp_path, change):
     root, out = shutil.copytree(archive, tmp_path / "sen12ms"), tmp_path / "run"
     trained("--mode", "single", "--root", root, *SMALL, "--max-steps", 1, "--out", out)
     began = json.loads((out / "config.json").read_text())["pairs"]
     for path in root.glob("ROIs*/*/*.tif"):
-        pixels = np.pad(tifffile.imread(path), [(0, 1), (0, 1), (0, 0)], "edge")
+        pixels = change(tifffile.imread(path))
         tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
     status, _, err = here("--resume", "--out", out, "--max-steps", 2)
-    assert status == 0 and "other sizes than at the start" in err
+    assert status == 0 and "files of the archive are others than at the start" in err
     assert json.loads((out / "config.json").read_text())["pairs"] == began
     trained("--mode", "single", "--root", root, *SMALL, "--max-steps", 1, "--out", tmp_path / "new")
     new = json.loads((tmp_path / "new/config.json").read_text())["pairs"]
@@ -811,8 +813,11 @@ def test_an_encoder_says_which_code_and_archive_made_it(copy_of):
     assert about["archive"] == config["pairs"]["files"][:12]
     config["versions"]["pretrain.py"] = "another"
     (copy_of / "config.json").write_text(json.dumps(config))
-    status, _, err = here("--resume", "--out", copy_of)
+    status, _, err = here("--resume", "--out", copy_of, "--epochs", 5)
     assert status == 0 and "started by another version of this script" in err
+    assert not here("--resume", "--out", copy_of)[2]  # it is noted
+    with safe_open(copy_of / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["code"] == f"another+{pretrain.CODE}"
 
 
 def test_a_run_that_was_made_longer_stays_so(copy_of):
@@ -822,12 +827,27 @@ def test_a_run_that_was_made_longer_stays_so(copy_of):
     assert json.loads((copy_of / "config.json").read_text())["settings"]["epochs"] == 6
 
 
-def test_a_checkpoint_without_its_config_is_refused(copy_of, archive):
+def test_a_part_of_a_run_is_not_overwritten(copy_of, archive):
+    (copy_of / "checkpoint.pt").rename(copy_of / "kept")
+    assert "no checkpoint.pt" in refused(2, "--resume", "--out", copy_of, "--epochs", 5)
     (copy_of / "config.json").unlink()
-    for more in ([], ["--resume"]):
-        message = refused(2, "--mode", "single", "--root", archive, *SMALL, "--seed", 7, "--out",
-                          copy_of, *more)  # fmt: skip
-        assert "without its config.json" in message
+    for name in ("encoder.safetensors", "checkpoint.pt"):
+        for more in ([], ["--resume"]):
+            message = refused(2, "--mode", "single", "--root", archive, *SMALL, "--seed", 7,
+                              "--out", copy_of, *more)  # fmt: skip
+            assert f"{name} without its config.json" in message
+        (copy_of / "kept").rename(copy_of / "checkpoint.pt")
+        (copy_of / "kept").write_bytes(b"")
+
+
+def test_a_finished_run_gives_its_encoder_again(copy_of, finished):
+    """Where it was deleted, or a kill came between the last checkpoint and it."""
+    encoder = copy_of / "encoder.safetensors"
+    for spoil in (encoder.unlink, lambda: os.utime(encoder, (0, 0))):
+        spoil()
+        trained("--resume", "--out", copy_of)
+        same_run(copy_of, finished)
+        assert encoder.stat().st_mtime > 0
 
 
 def test_one_flipped_bit_of_a_checkpoint_is_found(copy_of):
@@ -866,7 +886,7 @@ def test_no_hand_edited_config_ends_in_a_traceback(copy_of):
 def test_no_hand_edited_checkpoint_is_trained_on(copy_of):
     file = copy_of / "checkpoint.pt"
     whole = torch.load(file, weights_only=True)
-    for name, value in [("step", 2.5), ("step", -5), ("more", 3), ("bad", []), ("optimizer", {})]:
+    for name, value in [("step", 2.5), ("step", -5), ("more", 3), ("optimizer", {})]:
         torch.save(whole | {name: value}, file)
         assert "damaged" in refused(1, "--resume", "--out", copy_of, "--epochs", 5), name
     whole["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)  # a segmentation fault
@@ -1016,6 +1036,18 @@ def test_an_archive_that_vanishes_costs_no_step(archive, tmp_path, monkeypatch):
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == len(steps) >= 4
     assert not (out / "bad_tiles.txt").exists()  # what comes back is good again
+
+
+def test_pairs_that_can_be_read_again_are_not_bad_for_ever(damaged, tmp_path):
+    common = ["--mode", "single", "--root", damaged, *SMALL, "--epochs", 2, "--batch-size", 26]
+    common += ["--bad-tiles", "skip", "--out", tmp_path / "run"]
+    tiles = sorted(damaged.glob("ROIs*/s2_*/*.tif"))
+    trained(*common, "--max-steps", 4)
+    tiles[50].write_bytes(tiles[51].read_bytes())
+    tiles[70].write_bytes(b"")  # with the mended one it would be over 1 %
+    assert here(*common, "--resume")[0] == 0
+    (line,) = (tmp_path / "run/bad_tiles.txt").read_text().splitlines()
+    assert tiles[70].name in line
 
 
 def test_excluded_tiles_are_neither_trained_on_nor_watched(archive, tmp_path, capsys):
