@@ -149,7 +149,7 @@ def recipe_of(about: dict[str, str]) -> tuple[str, ...]:
     flags = sorted(flag.replace("=", " ", 1).strip() for flag in flags)
     idle = IDLE_FLAGS + ["root", "pairs", "exclude"] * bool(about.get("archive"))
     kept = [f"--{flag}" for flag in flags if flag.split(" ")[0] not in idle]
-    kept += [f"{key} {about[key][:8]}" for key in ("code", "archive") if about.get(key)]
+    kept += [f"{key} {about[key]}" for key in ("code", "archive") if about.get(key)]
     return (Path(script).name, *kept)
 
 
@@ -948,8 +948,8 @@ def draw_classes(table: Table):
     return figure
 
 
-def embed(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """t-SNE [n, 2] and labels int [n] of at most 2,000 images by a fixed seed; class names.
+def embed(path: Path) -> tuple[str, np.ndarray, np.ndarray, list[str]]:
+    """Title, t-SNE [n, 2] and labels int [n] of at most 2,000 images by a fixed seed, class names.
 
     ValueError where it cannot be made, also of equal features: there scikit-learn's would crash.
     """
@@ -959,6 +959,7 @@ def embed(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         features = file["features"]
         labels = file["labels"] if "labels" in file else np.zeros(len(features), int)
         names = [str(name) for name in file["classes"]] if "classes" in file else [""]
+        title = short(path.stem) + "\n(SYNTHETIC images)" * bool(file.get("synthetic", False))
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu" or len(labels) < 12:
         raise ValueError("it takes 12 images or more, and for each an integer label")
     kept = np.random.default_rng(0).permutation(len(labels))[:2000]
@@ -968,7 +969,7 @@ def embed(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if (spread := np.abs(features).max()) < 1e-6:
         raise ValueError("all features are alike: a collapsed encoder?")
     tsne = TSNE(perplexity=min(30, len(labels) / 4), init="pca", random_state=0)
-    return tsne.fit_transform(features / spread), labels, names
+    return title, tsne.fit_transform(features / spread), labels, names
 
 
 def draw_tsne(files: list[Path], faults: list[str]):
@@ -976,7 +977,7 @@ def draw_tsne(files: list[Path], faults: list[str]):
     panels = []
     for path in files:
         with surviving(faults, f"{path}: no embeddings"):
-            panels.append((path.stem, *embed(path)))
+            panels.append(embed(path))
     if not panels:
         return None
     figure, axes = new_figure(3.4 * len(panels), 3.6, columns=len(panels))
@@ -986,7 +987,7 @@ def draw_tsne(files: list[Path], faults: list[str]):
             axis.scatter(*mine.T, 5, color=colour, linewidths=0, alpha=0.6)
             word = names[c] if 0 <= c < len(names) else str(c)
             axis.text(*np.median(mine, axis=0), word, fontsize=6, ha="center")
-        axis.set_title(short(title))
+        axis.set_title(title)
         axis.set(xticks=[], yticks=[])
     return figure
 

@@ -446,6 +446,8 @@ def listed_parts(images: Images, args: argparse.Namespace) -> list[str] | None:
         for name in names:
             if parts.setdefault(name, part) != part:
                 fail(1, f"{path}: {name} stands in {lists[parts[name]]} too")
+    if missing := parts.keys() - {*images.names}:
+        print(f"{len(missing)} of the {len(parts)} images in the lists are not there", flush=True)
     return [parts.get(name, "") for name in images.names]
 
 
@@ -1139,7 +1141,6 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
     predicted, chosen, model, began = train_and_predict(setup, split, seed)
     clock += [began, time.perf_counter()]
     metrics = f1_metrics(images.labels[split.test], predicted, images.classes)
-    folder = args.root if args.root.is_dir() else args.root.parent
     write_result(path, {
         "schema": 1, "stage": "probe", **scope, "bands": bands, "seed": seed, "metrics": metrics,
         "weights": {"name": name, "source": weights.source, "sha256": weights.sha256},
@@ -1149,7 +1150,7 @@ def run(args: argparse.Namespace, images: Images, data: dict, bands: list[str], 
             "validation": "its list" if split.listed else "a fifth of the training split",
             "train": len(split.train), "validated": len(split.val), "test": len(split.test),
             "root": str(args.root), "mean": setup.mean, "std": setup.std,
-            "device": args.device.type, "synthetic": (folder / "SYNTHETIC.txt").exists(),
+            "device": args.device.type, "synthetic": args.synthetic,
             "unseen_bands": unseen, "encoder": weights.metadata,
         },
         "seconds": dict(zip(("read", "encode", "train"), np.diff(clock), strict=True)),
@@ -1179,7 +1180,8 @@ def embed(args: argparse.Namespace, images: Images, bands: list[str]) -> None:
         fail(2, f"--bn reestimate needs two images or more: {args.root} has one")
     setup = set_up(args, images, bands, rows)
     features = encode(prepare(setup, rows, 0), setup, rows).cpu().numpy()
-    arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features}
+    arrays = {"names": np.array(images.names), "bands": np.array(bands), "features": features,
+              "synthetic": np.array(args.synthetic)}  # fmt: skip
     if images.labels is not None:
         arrays |= {"labels": images.labels, "classes": np.array(images.classes)}
     write_atomic(args.embed, lambda file: np.savez(file, **arrays))
@@ -1201,7 +1203,10 @@ def main(args: argparse.Namespace) -> None:
         images = list_images(args.dataset, args.root, args.bands_in_file)
         images = images._replace(nodata=args.nodata)
         args.split = args.split or ("official" if images.part else "random")
-        print(f"{len(images.names)} images, split {args.split}", flush=True)
+        folder = args.root if args.root.is_dir() else args.root.parent
+        args.synthetic = (folder / "SYNTHETIC.txt").exists()
+        classes = f" of {len(images.classes)} classes" if images.classes else ""
+        print(f"{len(images.names)} images{classes}, split {args.split}", flush=True)
         if args.nodata is not None and not images.geotiff:
             fail(2, "--nodata is for GeoTIFFs: these are photos")
         asked = requested_bands(args.bands, images.bands, args.dataset)

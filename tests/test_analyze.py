@@ -514,13 +514,15 @@ def test_two_recipes_are_compared_over_the_pretrainings_of_both(tmp_path):
 
 @pytest.mark.parametrize("key", ["code", "archive"])
 def test_encoders_of_another_script_or_list_of_pairs_are_another_recipe(tmp_path, key):
-    """Also where the command is the same: README has users edit `augment`."""
-    for value, scores in (("1" * 12, [0.60, 0.61, 0.62]), ("2" * 12, [0.90, 0.91, 0.92])):
+    """Also where the command is the same: README has users edit `augment`. The second was resumed
+    by another version of the script than it was begun with."""
+    values = ("1" * 12, f"{'1' * 12}+{'2' * 12}")
+    for value, scores in zip(values, ([0.60, 0.61, 0.62], [0.90, 0.91, 0.92]), strict=True):
         for seed, score in enumerate(scores):
-            pretrained(tmp_path, f"{value[0]}-{seed}", score, seed, made_by={key: value})
+            pretrained(tmp_path, f"{len(value)}-{seed}", score, seed, made_by={key: value})
     (table,), faults = tables_of(tmp_path)
     means = {c.weights: c.mean for c in table.cells if c.over == "pre-trainings"}
-    named = [f"RS-BYOL-1 (3 pre-trainings, {key} {value})" for value in ("1" * 8, "2" * 8)]
+    named = [f"RS-BYOL-1 (3 pre-trainings, {key} {value})" for value in values]
     assert means == dict(zip(named, [pytest.approx(0.615), pytest.approx(0.915)], strict=True))
     assert not faults
 
@@ -1008,8 +1010,10 @@ def test_classes_are_named_at_their_points_and_twenty_have_a_colour_each(tmp_pat
     labels = np.arange(60) % 20
     names = [f"class {i}" for i in range(20)]
     features = np.eye(60, 8) + labels[:, None]
-    np.savez(tmp_path / "f.npz", features=features, labels=labels, classes=np.array(names))
+    np.savez(tmp_path / "f.npz", features=features, labels=labels, classes=np.array(names),
+             synthetic=np.array(True))  # fmt: skip
     (axis,) = analyze.draw_tsne([tmp_path / "f.npz"], []).axes
+    assert axis.get_title() == "f\n(SYNTHETIC images)"
     assert len({tuple(c.get_facecolor()[0]) for c in axis.collections}) == 20
     assert {text.get_text() for text in axis.texts} == set(names)
 

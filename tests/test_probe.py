@@ -285,6 +285,9 @@ def test_published_lists_are_followed_and_a_listed_validation_part_is_kept(
     parts = probe.listed_parts(images, args)
     fit, val, test, listed = probe.split_images(np.array([0, 1] * 5), parts, args, 0)
     assert [*fit] == [0, 1, 2] and [*val] == [5, 6] and [*test] == [7, 8, 9] and listed
+    assert not capsys.readouterr().out
+    assert probe.listed_parts(images._replace(names=names[1:9]), args)[6:] == ["test", "test"]
+    assert capsys.readouterr().out == "2 of the 8 images in the lists are not there\n"
     (tmp_path / f"{stem}-test.txt").write_bytes(b"tile_0.jpg")
     with pytest.raises(SystemExit) as ended:
         probe.listed_parts(images, args)
@@ -939,12 +942,16 @@ def test_embed_writes_the_features_of_every_image_labelled_or_not(photos, tmp_pa
     x, _ = read(images, np.arange(30), ["Red"])
     np.testing.assert_allclose(found["features"], probe.BandStatistics()(x), rtol=1e-5)
     assert found["names"].tolist() == [file for (file,) in images.files]
-    assert found["bands"].tolist() == ["Red"] and "labels" not in found
+    assert found["bands"].tolist() == ["Red"] and "labels" not in found and not found["synthetic"]
     refused(capsys, 2, settings(photos, tmp_path, "--embed", tmp_path / "all.npz"), "there already")
     probe_run(photos, tmp_path, "--embed", tmp_path / "photos.npz")
     found = np.load(tmp_path / "photos.npz", allow_pickle=False)
     assert found["features"].shape == (30, 512) and found["classes"].tolist() == CLASSES
     assert found["labels"].tolist() == images.labels.tolist()
+    root = shutil.copytree(photos, tmp_path / "synthetic")
+    (root / "SYNTHETIC.txt").write_text("as tests/synthetic.py leaves it")
+    probe_run(root, tmp_path, "--embed", tmp_path / "synthetic.npz", weights="stats")
+    assert np.load(tmp_path / "synthetic.npz")["synthetic"]
 
 
 def test_the_table_at_the_end_has_means_and_intervals_beside_random_and_the_floor(
@@ -1134,7 +1141,7 @@ def test_csv_images_with_their_own_split(photos, tmp_path, capsys):
     config = result["config"]
     assert (result["split"], config["test"], config["train"]) == ("official", 6, 18)
     said = capsys.readouterr().out
-    assert "split official" in said.splitlines()[2]
+    assert said.splitlines()[2] == "30 images of 3 classes, split official"
     path = tmp_path / "t.csv"
     path.write_text(path.read_text().replace("image,label,split", "Image, Label, Split", 1))
     probe_run(path, tmp_path / "out", dataset="csv", band="RGB", weights="stats")
