@@ -1136,8 +1136,9 @@ def main() -> int:
             say(f"stopped at step {step} of {end}, saved: --resume --out {shlex.quote(str(out))}")
             return 128 + stop
     bands = RGB if args.mode == "rgb" else archive.bands[: CHANNELS[args.mode]]
-    encoder, saved_at = out / "encoder.safetensors", (out / "checkpoint.pt").stat().st_mtime_ns
-    if not encoder.exists() or encoder.stat().st_mtime_ns < saved_at:  # deleted; a kill in `save`
+    encoder, checkpoint = out / "encoder.safetensors", out / "checkpoint.pt"
+    times = [path.stat().st_mtime_ns if path.exists() else 0 for path in (encoder, checkpoint)]
+    if times[0] < times[1]:  # the encoder was deleted, or a kill came between the two
         save_encoder(encoder, byol.student.encoder, config, step / per_epoch)
     order = shlex.quote(args.s2_bands)
     data = f"csv --root LABELS.csv --bands-in-file={order}" if args.pairs else "eurosat"

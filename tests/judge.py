@@ -238,29 +238,32 @@ def surroundings(x: np.ndarray) -> np.ndarray:
 def print_maps(data: Path) -> None:
     """mIoU of BigEarthNet's maps, drawn from one band's surroundings by a random forest (scikit-
     learn's, 100 trees, leaves of 5 pixels) that learnt from 100,000 pixels of the training tiles.
+    First by the archive's split, then by the random ones that `segment.py --seeds 5` takes.
     """
     classes = "urban,crops,forest,shrub/grass,wetland,water"
-    args = segment.arguments(["--dataset=csv", f"--root={data}/bigearthnet/tiles.csv", "--band=all",
-        "--s2-bands=B02,B03,B04,B08", "--split=official", f"--classes={classes}"])  # fmt: skip
-    tiles, rng, found = segment.list_tiles(args), np.random.default_rng(0), []
-    _, train, test = segment.split_tiles(tiles, args, 0)
-    for band in tiles.bands:
-        norm = segment.band_statistics(tiles, train, [band], args)
-        both = []  # of the training and the test tiles: float32 [pixels, 45]
-        for rows in (train, test):
-            batches = segment.read_images(tiles, rows, [band], norm, torch.device("cpu"))
-            maps = [surroundings(x) for batch in batches for x in batch[:, 0].numpy().copy()]
-            both.append(np.stack(maps).transpose(0, 2, 3, 1).reshape(-1, len(maps[0])))
-        truth, known = tiles.masks[test], tiles.masks[train].ravel()
-        drawn = rng.choice(np.flatnonzero(known != segment.IGNORED), 100_000, replace=False)
-        forest = RandomForestClassifier(100, min_samples_leaf=5, random_state=0)
-        forest.fit(both[0][drawn], known[drawn])
-        given = forest.predict(both[1]).reshape(truth.shape)
-        metrics = segment.map_metrics(truth, given, args.classes)
-        found.append(metrics["miou"])
-        each = ", ".join(f"{name} {iou:.2f}" for name, iou in metrics["iou_per_class"].items())
-        print(f"{band}: mIoU {found[-1]:.3f} ({each})", flush=True)
-    print(f"mean of bands: {np.mean(found):.3f}")
+    for split, seed in [("official", 0), *(("random", seed) for seed in range(5))]:
+        args = segment.arguments(["--dataset=csv", f"--root={data}/bigearthnet/tiles.csv",
+            "--band=all", "--s2-bands=B02,B03,B04,B08", f"--split={split}",
+            f"--classes={classes}"])  # fmt: skip
+        tiles, rng, found = segment.list_tiles(args), np.random.default_rng(0), []
+        _, train, test = segment.split_tiles(tiles, args, seed)
+        for band in tiles.bands:
+            norm = segment.band_statistics(tiles, train, [band], args)
+            both = []  # of the training and the test tiles: float32 [pixels, 45]
+            for rows in (train, test):
+                batches = segment.read_images(tiles, rows, [band], norm, torch.device("cpu"))
+                maps = [surroundings(x) for batch in batches for x in batch[:, 0].numpy().copy()]
+                both.append(np.stack(maps).transpose(0, 2, 3, 1).reshape(-1, len(maps[0])))
+            truth, known = tiles.masks[test], tiles.masks[train].ravel()
+            drawn = rng.choice(np.flatnonzero(known != segment.IGNORED), 100_000, replace=False)
+            forest = RandomForestClassifier(100, min_samples_leaf=5, random_state=0)
+            forest.fit(both[0][drawn], known[drawn])
+            given = forest.predict(both[1]).reshape(truth.shape)
+            metrics = segment.map_metrics(truth, given, args.classes)
+            found.append(metrics["miou"])
+            each = ", ".join(f"{name} {iou:.2f}" for name, iou in metrics["iou_per_class"].items())
+            print(f"{split} {seed} {band}: mIoU {found[-1]:.3f} ({each})", flush=True)
+        print(f"{split} {seed}, mean of bands: {np.mean(found):.3f}", flush=True)
 
 
 if __name__ == "__main__":

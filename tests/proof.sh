@@ -206,8 +206,9 @@ for seed in 0 1 2; do
 done
 for views in ms-sar ms-ms; do
     for seed in 3 4 5; do
-        embed "claim-$views-epoch070-seed$seed" --weights "$RUNS/claim-$views-seed$seed/encoder-epoch0070.safetensors" \
-            --bn reestimate
+        run="claim-$views-seed$seed"
+        embed "$run" --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
+        embed "claim-$views-epoch070-seed$seed" --weights "$RUNS/$run/encoder-epoch0070.safetensors" --bn reestimate
     done
 done
 say "varied places: scores"
@@ -283,19 +284,16 @@ for run in random negatives-seed0 negatives-seed1 negatives-seed2; do
     weights=$run
     [ -d "$RUNS/$run" ] && weights="$RUNS/$run/encoder.safetensors"
     segment --band all --epochs 30 --seeds 2 --weights "$weights"
+    segment --band all --epochs 30 --split random --seeds 5 --weights "$weights" # 40 minutes
 done
 segment --band all --epochs 30 --seeds 1 --weights scratch
-# by radar, of encoders with and without radar: the archive's split, and random ones
-encoders="random negatives-seed1/encoder"
+# by radar, of encoders pre-trained with and without radar
 for seed in 3 4 5; do
-    encoders="$encoders claim-ms-sar-seed$seed/encoder-epoch0070 claim-ms-ms-seed$seed/encoder-epoch0070"
-done
-for run in $encoders; do
-    weights=$run
-    [ "$run" = random ] || weights="$RUNS/$run.safetensors"
-    for band in VV VH; do
-        for split in "official --seeds 2" "random --seeds 3"; do
-            segment --band $band --epochs 30 --split $split --weights "$weights"
+    for run in claim-ms-sar claim-ms-ms; do
+        weights="$RUNS/$run-seed$seed/encoder-epoch0070.safetensors"
+        for band in VV VH; do
+            segment --band $band --epochs 30 --seeds 2 --weights "$weights"
+            segment --band $band --epochs 30 --split random --seeds 3 --weights "$weights"
         done
     done
 done
