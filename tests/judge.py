@@ -240,12 +240,12 @@ def print_maps(data: Path) -> None:
     learn's, 100 trees, leaves of 5 pixels) that learnt from 100,000 pixels of the training tiles.
     First by the archive's split, then by the random ones that `segment.py --seeds 5` takes.
     """
-    classes = "urban,crops,forest,shrub/grass,wetland,water"
+    args = segment.arguments(["--dataset=csv", f"--root={data}/bigearthnet/tiles.csv", "--band=all",
+        "--s2-bands=B02,B03,B04,B08", "--classes=urban,crops,forest,shrub/grass,wetland,water"]
+    )  # fmt: skip
+    tiles = segment.list_tiles(args)
     for split, seed in [("official", 0), *(("random", seed) for seed in range(5))]:
-        args = segment.arguments(["--dataset=csv", f"--root={data}/bigearthnet/tiles.csv",
-            "--band=all", "--s2-bands=B02,B03,B04,B08", f"--split={split}",
-            f"--classes={classes}"])  # fmt: skip
-        tiles, rng, found = segment.list_tiles(args), np.random.default_rng(0), []
+        args.split, rng, found = split, np.random.default_rng(0), []
         _, train, test = segment.split_tiles(tiles, args, seed)
         for band in tiles.bands:
             norm = segment.band_statistics(tiles, train, [band], args)

@@ -194,8 +194,7 @@ embed random --weights random
 embed random-bn --weights random --bn reestimate
 embed wide --weights "$RUNS/wide/encoder.safetensors" --bn reestimate
 for seed in 0 1 2; do
-    for run in varied paper varied-ms-only varied-crops varied-fast negatives colour-ms-sar colour-ms-ms colour-blurred \
-        claim-ms-sar claim-ms-ms; do
+    for run in varied paper varied-ms-only varied-crops varied-fast negatives colour-ms-sar colour-ms-ms colour-blurred; do
         embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
     done
     for at in varied:010 varied:030 varied:070 negatives:010 negatives:030 negatives:070 negatives:150; do
@@ -204,11 +203,10 @@ for seed in 0 1 2; do
             --bn reestimate
     done
 done
-for views in ms-sar ms-ms; do
-    for seed in 3 4 5; do
-        run="claim-$views-seed$seed"
-        embed "$run" --weights "$RUNS/$run/encoder.safetensors" --bn reestimate
-        embed "claim-$views-epoch070-seed$seed" --weights "$RUNS/$run/encoder-epoch0070.safetensors" --bn reestimate
+for seed in 0 1 2 3 4 5; do
+    for run in claim-ms-sar claim-ms-ms; do
+        embed "$run-seed$seed" --weights "$RUNS/$run-seed$seed/encoder.safetensors" --bn reestimate
+        embed "$run-epoch070-seed$seed" --weights "$RUNS/$run-seed$seed/encoder-epoch0070.safetensors" --bn reestimate
     done
 done
 say "varied places: scores"
